@@ -1,0 +1,1 @@
+"""The `dense_sparse_matmul` operation."""

@@ -1,0 +1,1 @@
+"""The `matmul_at_sparse_indices` operation."""

@@ -1,0 +1,1 @@
+"""The `top_k` operation."""

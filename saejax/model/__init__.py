@@ -1,0 +1,1 @@
+"""The autoencoder: modules that own parameters, and the pure functions they call."""

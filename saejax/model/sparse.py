@@ -1,0 +1,109 @@
+"""The only door to the kernels: encode to the top k, decode from it, both with sparse gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import pallas_kernels
+
+
+def pre_activations(
+    x_BD: jax.Array, w_enc_LD: jax.Array, latent_bias_L: jax.Array, pre_bias_D: jax.Array, dtype
+) -> jax.Array:
+    """`W_enc (x - b_pre) + b_latent`, multiplied in `dtype`, accumulated in float32 or wider.
+
+    Returns `[B, L]`. Selection reads these sums before any rounding back to `dtype`.
+    """
+    centred_BD = (x_BD - pre_bias_D).astype(dtype)
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    h_BL = lax.dot_general(
+        centred_BD,
+        w_enc_LD.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=accumulate,
+    )
+    return h_BL + latent_bias_L
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def encode_top_k(
+    x_BD: jax.Array,
+    w_enc_LD: jax.Array,
+    latent_bias_L: jax.Array,
+    pre_bias_D: jax.Array,
+    k: int,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """The k largest pre-activations of every token (before any ReLU).
+
+    Args:
+      x_BD: normalised activations.
+      w_enc_LD: encoder rows.
+      latent_bias_L: bias of every latent.
+      pre_bias_D: subtracted from the input.
+      k: latents kept.
+      dtype: of the multiplication.
+
+    Returns:
+      values `[B, k]` float32 or wider, descending, and indices `[B, k]` int32; ties to the lowest
+      index. The gradient touches the selected latents alone, and the pre-bias gradient is summed
+      over the batch before it meets the encoder (Gao et al. 2024, App. D).
+    """
+    h_BL = pre_activations(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, dtype)
+    return pallas_kernels.top_k(h_BL, k)
+
+
+def _encode_forward(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype):
+    values_BK, indices_BK = encode_top_k(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype)
+    return (values_BK, indices_BK), (x_BD, w_enc_LD, pre_bias_D, indices_BK)
+
+
+def _encode_backward(k, dtype, residuals, cotangents):
+    del k, dtype  # gradients are formed at full precision
+    x_BD, w_enc_LD, pre_bias_D, indices_BK = residuals
+    d_values_BK, _ = cotangents
+    n_latents = w_enc_LD.shape[0]
+    d_w_LD = pallas_kernels.sparse_transpose_matmul(
+        d_values_BK, indices_BK, x_BD - pre_bias_D, n_latents
+    )
+    d_bias_L = jnp.zeros(n_latents, d_values_BK.dtype)
+    d_bias_L = d_bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
+    d_pre_D = -d_bias_L @ w_enc_LD
+    # Needed by attribution, not by training: there the compiler drops it.
+    d_x_BD = pallas_kernels.dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)
+    return d_x_BD, d_w_LD, d_bias_L, d_pre_D
+
+
+encode_top_k.defvjp(_encode_forward, _encode_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def decode(
+    values_BK: jax.Array, indices_BK: jax.Array, w_dec_LD: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """`sum_j values[:, j] * w_dec[indices[:, j]]`: `[B, D]` float32 or wider, without pre_bias.
+
+    Rows are read in `dtype` and accumulated in float32 or wider; gradients reach the master
+    weights unrounded.
+    """
+    return pallas_kernels.dense_sparse_matmul(values_BK, indices_BK, w_dec_LD.astype(dtype))
+
+
+def _decode_forward(values_BK, indices_BK, w_dec_LD, dtype):
+    return decode(values_BK, indices_BK, w_dec_LD, dtype), (values_BK, indices_BK, w_dec_LD)
+
+
+def _decode_backward(dtype, residuals, d_out_BD):
+    values_BK, indices_BK, w_dec_LD = residuals
+    d_values_BK = pallas_kernels.matmul_at_sparse_indices(
+        d_out_BD, w_dec_LD.astype(dtype), indices_BK
+    )
+    d_w_LD = pallas_kernels.sparse_transpose_matmul(
+        values_BK, indices_BK, d_out_BD, w_dec_LD.shape[0]
+    )
+    return d_values_BK.astype(values_BK.dtype), None, d_w_LD
+
+
+decode.defvjp(_decode_forward, _decode_backward)

@@ -1,0 +1,121 @@
+"""Creation of the training state, sharded from the start, and its export as a module."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax import mesh as mesh_lib
+from saejax.model.init import geometric_median, init_params
+from saejax.model.normalizer import Normalizer
+from saejax.model.sae import SAE, SAEConfig
+from saejax.train.optim import OptimizerConfig, corrected_ema, renormalize_decoder
+from saejax.types import TrainState
+
+
+def initial_pre_bias(kind: str, rows_ND: np.ndarray) -> np.ndarray:
+    """`[D]` initial pre_bias from normalised sample rows (Gao et al. 2024, App. A.1)."""
+    if kind == "zeros":
+        return np.zeros(rows_ND.shape[1])
+    if kind == "mean":
+        return np.asarray(rows_ND, np.float64).mean(0)
+    return geometric_median(rows_ND)
+
+
+def total_variance(rows_ND: np.ndarray) -> float:
+    """`E||x - E x||^2` of the sample, in float64.
+
+    Raises:
+      ValueError: the sample does not vary, so that no error could be normalised by it.
+    """
+    rows = np.asarray(rows_ND, np.float64)
+    variance = float(np.square(rows - rows.mean(0)).sum(-1).mean())
+    if not variance > 0:
+        raise ValueError(
+            f"the sample of {len(rows)} activations has total variance {variance}; normalised "
+            f"error is undefined for constant activations"
+        )
+    return variance
+
+
+def build_state(
+    key: jax.Array,
+    config: SAEConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    pre_bias_D: jax.Array,
+    variance: jax.Array,
+) -> TrainState:
+    """A fresh state as a pure function; `create` jits it with its shardings."""
+    params = init_params(
+        key,
+        pre_bias_D,
+        config.n_latents,
+        config.k,
+        parallel=config.parallel_init,
+        match_scale=config.match_encoder_scale,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.transformation(config.n_latents, steps).init(params),
+        ema=None if optimizer.ema_decay is None else zeros,
+        tokens_since_fired=jnp.zeros(config.n_latents, jnp.int32),
+        variance=variance.astype(jnp.float32),
+    )
+
+
+def abstract_state(config: SAEConfig, optimizer: OptimizerConfig, steps: int) -> TrainState:
+    """Shapes and dtypes of the state, without allocating it."""
+    return jax.eval_shape(
+        lambda: build_state(
+            jax.random.key(0), config, optimizer, steps, jnp.zeros(config.d_model), jnp.ones(())
+        )
+    )
+
+
+def create(
+    seed: int,
+    config: SAEConfig,
+    optimizer: OptimizerConfig,
+    steps: int,
+    sample_ND: np.ndarray,
+    mesh: Mesh,
+) -> TrainState:
+    """A fresh state laid out on `mesh`; no device ever holds more than its shards.
+
+    Args:
+      seed: of the initial weights.
+      config: of the model.
+      optimizer: decides the optimizer state and whether an EMA is kept.
+      steps: total steps, for the schedule.
+      sample_ND: normalised rows: the pre_bias and the variance are measured on them.
+      mesh: the device mesh.
+    """
+    shardings = mesh_lib.tree_shardings(mesh, abstract_state(config, optimizer, steps))
+    build = jax.jit(
+        lambda key, pre_bias, variance: build_state(
+            key, config, optimizer, steps, pre_bias, variance
+        ),
+        out_shardings=shardings,
+    )
+    pre_bias = initial_pre_bias(config.pre_bias_init, sample_ND)
+    return build(
+        jax.random.key(seed),
+        np.asarray(pre_bias, np.float32),
+        np.float32(total_variance(sample_ND)),
+    )
+
+
+def export(
+    state: TrainState, config: SAEConfig, optimizer: OptimizerConfig, normalizer: Normalizer
+) -> SAE:
+    """The model of a state: the bias-corrected EMA where one is kept, else the last weights."""
+    params, step = state.params, int(state.step)
+    if state.ema is not None and step > 0:
+        params = corrected_ema(state.ema, optimizer.ema_decay, step)
+        if optimizer.unit_norm_decoder:
+            # An average of unit vectors is shorter than one.
+            params = renormalize_decoder(params)
+    return SAE(config, params, normalizer)

@@ -1,0 +1,78 @@
+"""Frozen pytrees that cross the walls between packages."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Params = dict[str, jax.Array]
+"""The autoencoder's four arrays: w_enc [L, D], w_dec [L, D], latent_bias [L], pre_bias [D]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latents:
+    """A sparse code and what decoding needs to return to the space of the input.
+
+    Attributes:
+      values: `[..., K]` float32, non-negative; zero where fewer than K latents are active.
+      indices: `[..., K]` int32 in [0, L); latents in descending order of pre-activation.
+      offset: `[..., 1]`, what input normalisation subtracted (0 if nothing).
+      scale: `[..., 1]`, what it divided by (1 if nothing).
+    """
+
+    values: jax.Array
+    indices: jax.Array
+    offset: jax.Array
+    scale: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything a training step reads and writes; saved whole in every checkpoint.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: float32 master parameters.
+      opt_state: optax state; its leaves carry the names and shardings of `params`.
+      ema: running average of `params` (without bias correction), or None.
+      tokens_since_fired: `[L]` int32, saturating.
+      variance: float32 scalar, E||x - E x||^2 of the normalised initial sample; the constant that
+        turns squared error into normalised MSE (Gao et al. 2024, App. A.6).
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    tokens_since_fired: jax.Array
+    variance: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Sums and counts of one batch; ratios are taken on the host, in float64.
+
+    Attributes:
+      tokens: tokens in the batch.
+      squared_error: sum over tokens of ||x - x_hat||^2, normalised space.
+      multi_squared_error: the same for the 4k code of Multi-TopK; 0 when it is off.
+      active: sum over tokens of the number of positive latents.
+      dead: latents dead before this batch.
+      auxk: normalised AuxK loss; 0 when nothing is dead.
+      auxk_skipped: 1 if the AuxK term was not finite and was replaced by 0.
+      grad_norm: global norm of the gradient after projection, before clipping.
+      learning_rate: the rate this update used.
+    """
+
+    tokens: jax.Array
+    squared_error: jax.Array
+    multi_squared_error: jax.Array
+    active: jax.Array
+    dead: jax.Array
+    auxk: jax.Array
+    auxk_skipped: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
