@@ -126,7 +126,9 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, _TOKENS)
 
 
-def per_device(fn: Callable, mesh: Mesh, in_trees: Sequence[Any], out_trees: Sequence[Any]) -> Callable:
+def per_device(
+    fn: Callable, mesh: Mesh, in_trees: Sequence[Any], out_trees: Sequence[Any]
+) -> Callable:
     """`fn` on each device's own shards; collectives inside it name the axes DATA and LATENT.
 
     Args:

@@ -1,10 +1,20 @@
 """Eight CPU devices for every test, configured before anything touches a device."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Eight device threads on few cores: give the runtime threads enough to meet at a rendezvous.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Many tests compile the same small programs: share them between tests, workers and subprocesses.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="saejax-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 

@@ -51,9 +51,7 @@ class SAEConfig:
                 f"lower k or raise n_latents"
             )
         _check_choice("normalization", self.normalization, KINDS)
-        _check_choice(
-            "pre_bias_init", self.pre_bias_init, ("geometric_median", "mean", "zeros")
-        )
+        _check_choice("pre_bias_init", self.pre_bias_init, ("geometric_median", "mean", "zeros"))
         _check_choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
 
     @property

@@ -27,6 +27,11 @@ def pre_activations(
     return h_BL + latent_bias_L
 
 
+def top_k(h_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Values and indices `[B, k]` of each row's k largest entries; ties to the lowest index."""
+    return pallas_kernels.top_k(h_BL, k)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def encode_top_k(
     x_BD: jax.Array,
@@ -52,7 +57,7 @@ def encode_top_k(
       over the batch before it meets the encoder (Gao et al. 2024, App. D).
     """
     h_BL = pre_activations(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, dtype)
-    return pallas_kernels.top_k(h_BL, k)
+    return top_k(h_BL, k)
 
 
 def _encode_forward(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype):

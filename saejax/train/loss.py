@@ -17,7 +17,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import top_k
 from saejax import collectives
 from saejax.model import sparse
 from saejax.types import Params
@@ -174,7 +173,7 @@ def auxk_error(
     )
     h_BC = jnp.where(alive_C, -jnp.inf, h_BC)
     n_candidates = min(spec.k_aux, h_BC.shape[1])
-    values_BK, indices_BK = top_k(jax.lax.stop_gradient(h_BC), n_candidates)
+    values_BK, indices_BK = sparse.top_k(jax.lax.stop_gradient(h_BC), n_candidates)
     kept_BK = collectives.keep_global_top_k(values_BK, spec.k_aux) & (values_BK > -jnp.inf)
     rows_B1 = jnp.arange(h_BC.shape[0])[:, None]
     kept_BC = jnp.zeros(h_BC.shape, bool).at[rows_B1, indices_BK].set(kept_BK)

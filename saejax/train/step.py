@@ -181,7 +181,10 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
 
 
 def apply_gradients(
-    state: TrainState, gradients: Params, tx: optax.GradientTransformation, sae: SAEConfig,
+    state: TrainState,
+    gradients: Params,
+    tx: optax.GradientTransformation,
+    sae: SAEConfig,
     optimizer: optim.OptimizerConfig,
 ) -> tuple[TrainState, jax.Array]:
     """Projection, clipping, Adam, unit norm, EMA, in that order; and the gradient's norm."""
@@ -189,7 +192,7 @@ def apply_gradients(
         gradients = gradients | {"latent_bias": jnp.zeros_like(gradients["latent_bias"])}
     if optimizer.project_decoder_gradient:
         gradients = optim.project_decoder_gradient(gradients, state.params)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if optimizer.unit_norm_decoder:

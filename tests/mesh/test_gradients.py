@@ -14,7 +14,7 @@ from saejax.train.step import StepSpec, local_gradients
 
 D, L, K, B = 12, 64, 4, 32
 VARIANCE = 0.83
-MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
+OTHER_MESHES = [(8, 1), (1, 8), (2, 4), (4, 2)]
 
 
 def make_problem(seed=0):
@@ -94,13 +94,28 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES)
-@pytest.mark.parametrize("term", TERMS)
+# Every term by itself on one device; the sum of all on every mesh; and where selection over shards
+# differs most, with shards that hold fewer dead latents than k_aux, or many more.
+CASES = [
+    *((term, (1, 1)) for term in TERMS),
+    *(("all", mesh_shape) for mesh_shape in OTHER_MESHES),
+    ("auxk, fewer dead than k_aux", (2, 4)),
+    ("auxk, many more dead than k_aux", (1, 8)),
+]
+
+
+@functools.cache
+def computed(term, mesh_shape, chunks=1):
+    params, x, since = make_problem()
+    return step_gradients(params, x, since, TERMS[term], mesh_shape, chunks)
+
+
+@pytest.mark.parametrize("term, mesh_shape", CASES)
 def test_gradients_equal_dense_autodiff(term, mesh_shape):
     with jax.enable_x64(True):
         spec = TERMS[term]
-        params, x, since = make_problem()
-        got, new_since, sums = step_gradients(params, x, since, spec, mesh_shape)
+        params, x, _ = make_problem()
+        got, new_since, sums = computed(term, mesh_shape)
         dead = np.asarray(new_since) >= spec.dead_tokens
         assert 0 < dead.sum() < L, "the problem must have dead and live latents"
         want = jax.grad(dense_loss)(params, x, dead, spec)
@@ -113,20 +128,18 @@ def test_gradients_equal_dense_autodiff(term, mesh_shape):
 
 def test_every_term_moves_every_parameter():
     with jax.enable_x64(True):
-        params, x, since = make_problem()
-        base, _, _ = step_gradients(params, x, since, TERMS["reconstruction"], (1, 1))
+        base, _, _ = computed("reconstruction", (1, 1))
         for term in ("auxk", "multi"):
-            got, _, _ = step_gradients(params, x, since, TERMS[term], (1, 1))
+            got, _, _ = computed(term, (1, 1))
             for name in got:
                 assert np.abs(got[name] - base[name]).max() > 1e-6, (term, name)
 
 
-@pytest.mark.parametrize("chunks", [2, 4, 16])
-def test_chunks_do_not_change_the_gradient(chunks):
+@pytest.mark.parametrize("chunks, mesh_shape", [(16, (1, 1)), (4, (2, 4))])
+def test_chunks_do_not_change_the_gradient(chunks, mesh_shape):
     with jax.enable_x64(True):
-        params, x, since = make_problem()
-        whole, since_1, sums_1 = step_gradients(params, x, since, TERMS["all"], (2, 1))
-        split, since_n, sums_n = step_gradients(params, x, since, TERMS["all"], (2, 1), chunks)
+        whole, since_1, sums_1 = computed("all", mesh_shape)
+        split, since_n, sums_n = computed("all", mesh_shape, chunks)
         for name in whole:
             np.testing.assert_allclose(split[name], whole[name], rtol=1e-11, atol=1e-14)
         np.testing.assert_array_equal(since_1, since_n)

@@ -1,0 +1,80 @@
+"""The Python interface for notebooks: plain dataclasses in, a module out; no gin."""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from saejax.checkpoint import CheckpointConfig
+from saejax.data.arrays import ArraySource
+from saejax.data.loader import LoaderConfig
+from saejax.fit import Recipe, fit, load
+from saejax.mesh import MeshConfig
+from saejax.model.sae import SAE, SAEConfig
+from saejax.rundir import RunDirectory
+from saejax.sources import DataConfig
+from saejax.train.loop import TrainConfig
+from saejax.train.loss import LossConfig
+from saejax.train.optim import OptimizerConfig
+
+__all__ = ["load", "train"]
+
+
+def train(
+    data: np.ndarray | DataConfig,
+    *,
+    sae: SAEConfig,
+    train: TrainConfig,
+    loss: LossConfig = LossConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    mesh: MeshConfig = MeshConfig(),
+    loader: LoaderConfig = LoaderConfig(),
+    checkpoint: CheckpointConfig = CheckpointConfig(),
+    workdir: str | pathlib.Path | None = None,
+) -> SAE:
+    """Trains an autoencoder.
+
+    Args:
+      data: activations `[N, D]` in memory, or a `HarvestConfig`, `StoredConfig` or
+        `SyntheticConfig`.
+      sae, train, loss, optimizer, mesh, loader, checkpoint: as in a gin file; the defaults are
+        the paper's.
+      workdir: run directory for activations, checkpoints and metrics; calling again with the same
+        one and the same arguments continues the run. None uses a temporary folder and keeps
+        nothing.
+
+    Returns:
+      The trained model, as `saejax.load` would return it.
+
+    Raises:
+      ValueError: settings that do not fit each other or the data, or a workdir that holds another
+        run.
+    """
+    recipe = Recipe(
+        sae=sae, train=train, loss=loss, optimizer=optimizer, mesh=mesh, checkpoint=checkpoint
+    )
+    if workdir is None:
+        with tempfile.TemporaryDirectory(prefix="saejax-") as folder:
+            return _train(data, recipe, loader, RunDirectory(folder))
+    return _train(data, recipe, loader, RunDirectory(workdir))
+
+
+def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -> SAE:
+    from saejax.run import train_stage  # pulls in evaluation and plotting
+
+    parts = {"recipe": dataclasses.asdict(recipe), "loader": dataclasses.asdict(loader)}
+    if not isinstance(data, np.ndarray):
+        parts["data"] = {"class": type(data).__name__, **dataclasses.asdict(data)}
+        run.claim(parts, "", ["saejax.train"])
+        return train_stage(data, recipe, loader, run)[1].sae
+    source = ArraySource(data, recipe.train.batch_size, loader.seed)
+    run.claim(parts, "", ["saejax.train"])
+    return fit(
+        recipe,
+        source,
+        identity={"array": source.fingerprint},
+        checkpoints=run.checkpoints,
+        write_to=run.path,
+    ).sae

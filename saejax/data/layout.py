@@ -1,0 +1,178 @@
+"""Layout of the activation store: its spec and the orders that follow from (seed, index)."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+FORMAT = "saejax-store-1"
+CONTEXT_STREAM, POSITION_STREAM, SHARD_STREAM, CHUNK_STREAM = 1, 2, 3, 4
+CONTEXT_COLUMNS = 3  # context id, document, offset; the tokens follow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """What a store is: with a shard's index it fixes every byte of that shard.
+
+    Attributes:
+      subject: name of the subject model.
+      subject_fingerprint: digest of its weights and config.
+      text_fingerprint: digest of the packed contexts (text, tokenizer, packing).
+      split: 'train' or 'held_out'.
+      site: the tapped site, e.g. '1.resid_post'.
+      d_model: width of the site.
+      context_length: tokens a context, T.
+      first_position: positions before this one are not stored (their norms are unlike the rest).
+      contexts_per_shard: contexts a shard, C; also the rows of a chunk.
+      n_shards: shards of the complete store.
+      dtype: storage type; 'bfloat16' is the only one.
+      compute_dtype: precision of the subject's forward pass.
+      seed: seed of the context permutation and of the position order.
+    """
+
+    subject: str
+    subject_fingerprint: str
+    text_fingerprint: str
+    split: str
+    site: str
+    d_model: int
+    context_length: int
+    first_position: int = 1
+    contexts_per_shard: int = 1024
+    n_shards: int
+    dtype: str = "bfloat16"
+    compute_dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "context_length", "contexts_per_shard", "n_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"StoreSpec.{name} = {getattr(self, name)}: must be at least 1.")
+        if self.n_shards > 999_999:
+            raise ValueError(
+                f"StoreSpec.n_shards = {self.n_shards}: at most 999999; raise contexts_per_shard."
+            )
+        if not 0 <= self.first_position < self.context_length:
+            raise ValueError(
+                f"StoreSpec.first_position = {self.first_position}: must be at least 0 and below "
+                f"context_length = {self.context_length}."
+            )
+        if self.dtype != "bfloat16":
+            raise ValueError(f"StoreSpec.dtype = {self.dtype!r}: only 'bfloat16' is stored.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"StoreSpec.seed = {self.seed}: must be in [0, 2**63).")
+
+    @property
+    def rows_per_context(self) -> int:
+        """Stored positions of a context, R; also the chunks of a shard."""
+        return self.context_length - self.first_position
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a shard, R * C."""
+        return self.rows_per_context * self.contexts_per_shard
+
+    @property
+    def bytes_per_shard(self) -> int:
+        """Bytes of a shard's two files, without their indices (16 bytes a chunk)."""
+        table = self.contexts_per_shard * (CONTEXT_COLUMNS + self.context_length) * 4
+        return self.rows_per_shard * self.d_model * 2 + table
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 of the spec and the format's version."""
+        content = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+    """One shard in context order.
+
+    Attributes:
+      rows: bfloat16 [C, R, D]; rows[c, r] is position `r + spec.first_position` of context c.
+      tokens: uint32 [C, T].
+      context: uint32 [C], index of the context in the packed text.
+      document: uint32 [C], index into `Store.documents`.
+      offset: uint32 [C], token offset of the context in its document.
+    """
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    context: np.ndarray
+    document: np.ndarray
+    offset: np.ndarray
+
+
+def random_keys(shape: tuple[int, ...], seed: int, stream: int, index: int = 0) -> np.ndarray:
+    """uint64 sort keys, a pure function of (seed, stream, index).
+
+    Raw Philox output, because numpy promises that it never changes (unlike `Generator` methods).
+    """
+    bits = np.random.Philox(key=np.array([seed, (stream << 48) | index], np.uint64))
+    return bits.random_raw(int(np.prod(shape))).reshape(shape)
+
+
+def permutation(n: int, seed: int, stream: int, index: int = 0) -> np.ndarray:
+    """int64 permutation of range(n), a pure function of (n, seed, stream, index)."""
+    return np.argsort(random_keys((n,), seed, stream, index), kind="stable")
+
+
+@functools.lru_cache(maxsize=32)
+def position_order(seed: int, shard: int, contexts: int, rows: int) -> np.ndarray:
+    """int32 [C, R]: chunk j of the shard holds row order[c, j] of context c."""
+    keys = random_keys((contexts, rows), seed, POSITION_STREAM, shard)
+    order_CR = np.argsort(keys, axis=1, kind="stable").astype(np.int32)
+    order_CR.flags.writeable = False
+    return order_CR
+
+
+def zarr_spec(
+    kvstore: Any, dtype: str, n_shards: int, shard_chunk: tuple[int, int], width: int
+) -> dict[str, Any]:
+    """A zarr3 array of `n_shards` files; both the chunks and a shard's index carry a crc32c."""
+    shard, chunk = shard_chunk
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    inner = {
+        "chunk_shape": [chunk, width],
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
+    grid = {"name": "regular", "configuration": {"chunk_shape": [shard, width]}}
+    return {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "fill_missing_data_reads": False,  # a missing shard would read as zeros
+        "store_data_equal_to_fill_value": True,  # an all-zero shard would not be written
+        "metadata": {
+            "shape": [n_shards * shard, width],
+            "data_type": dtype,
+            "chunk_grid": grid,
+            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+        },
+    }
+
+
+def stored_spec(name: str, content: Mapping[str, Any]) -> StoreSpec:
+    """The spec in a store's spec.json; ValueError when the format is not this version's."""
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{name}: format {content.get('format')!r}; this version of saejax reads {FORMAT!r}."
+        )
+    return StoreSpec(**content["spec"])
+
+
+def check_same(path: str, stored: StoreSpec, wanted: StoreSpec) -> None:
+    """ValueError that names every field in which two specs differ."""
+    old, new = dataclasses.asdict(stored), dataclasses.asdict(wanted)
+    keys = [key for key in old if old[key] != new[key]]
+    differing = [f"{key}: stored {old[key]!r}, wanted {new[key]!r}" for key in keys]
+    if differing:
+        raise ValueError(
+            f"{path} holds the activations of another spec ({'; '.join(differing)}). "
+            "Choose another path, or delete that store."
+        )

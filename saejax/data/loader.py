@@ -1,0 +1,214 @@
+"""Batches of stored activations: a batch is a pure function of (seed, step).
+
+The stream of training rows is the concatenation of epochs. An epoch holds every chunk of the store
+once, in an order drawn for (seed, epoch): rounds over all shards, each in a new order and giving
+another of its chunks, so that the chunks of one batch come from different shards wherever there
+are enough. Batch `step` is the rows [step * B, (step + 1) * B) of that stream; process p of P takes
+the p-th of P equal parts of it. So the only state is the step, whatever the number of processes.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_keys
+from saejax.data.pending import Pending
+from saejax.data.shards import Store
+
+_ORDERS_KEPT = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How stored activations are drawn.
+
+    Attributes:
+      seed: seed of the order of chunks; each epoch has an order of its own.
+      prefetch: batches read ahead by `Loader.iterate`.
+    """
+
+    seed: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"Loader.seed = {self.seed}: must be in [0, 2**63).")
+        if self.prefetch < 0:
+            raise ValueError(f"Loader.prefetch = {self.prefetch}: must be 0 or more.")
+
+
+class Loader:
+    """Batches of raw rows from a complete store; nothing is normalised.
+
+    Attributes:
+      store: the store.
+      batch_size: rows of a global batch, B.
+      local_batch_size: rows of this process, B / process_count.
+      d_model: width of the rows.
+      wait_seconds: time that `iterate` has spent waiting for the disk.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        batch_size: int,
+        cfg: LoaderConfig | None = None,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Opens a loader.
+
+        Raises:
+          ValueError: the store is unfinished; the batch size is no multiple or divisor of the
+            store's contexts_per_shard, or does not divide by the number of processes.
+        """
+        n = store.spec.contexts_per_shard
+        if batch_size < 1 or (batch_size % n and n % batch_size):
+            below = [size for size in range(1, n) if n % size == 0]
+            raise ValueError(
+                f"batch_size = {batch_size}: the store's chunks hold {n} rows, so a batch must be "
+                f"a multiple of {n}, or one of {below}."
+            )
+        if batch_size % process_count:
+            raise ValueError(
+                f"batch_size = {batch_size}: must be divisible by the {process_count} processes."
+            )
+        store.require_complete()
+        self.store = store
+        self.batch_size = batch_size
+        self.local_batch_size = batch_size // process_count
+        self.d_model = store.spec.d_model
+        self.wait_seconds = 0.0
+        self._cfg = cfg or LoaderConfig()
+        self._first = process_index * self.local_batch_size
+        self._recent: collections.OrderedDict[tuple[int, int], Pending] = collections.OrderedDict()
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Rows of the store."""
+        return self.store.n_rows
+
+    def batch(self, step: int) -> np.ndarray:
+        """This process's rows of batch `step`: bfloat16 [local_batch_size, D]."""
+        return _rows(self._start(step))
+
+    def provenance(self, step: int) -> np.ndarray:
+        """int64 [local_batch_size, 3]: shard, slot and token position of each row of `batch(step)`.
+
+        The slot's context is row `slot` of `store.read_contexts(shard)`.
+        """
+        parts = []
+        for shard, chunk, start, stop in self._pieces(step):
+            part = np.empty((stop - start, 3), np.int64)
+            part[:, 0] = shard
+            part[:, 1] = np.arange(start, stop)
+            part[:, 2] = self.store.positions(shard, chunk)[start:stop]
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[np.ndarray]:
+        """Batches from `start_step` on, read ahead; without end unless `stop_step` is given."""
+        pending: collections.deque = collections.deque()
+        ahead = start_step
+        while True:
+            while len(pending) <= self._cfg.prefetch and (stop_step is None or ahead < stop_step):
+                pending.append(self._start(ahead))
+                ahead += 1
+            if not pending:
+                return
+            began = time.perf_counter()
+            rows = _rows(pending.popleft())
+            self.wait_seconds += time.perf_counter() - began
+            yield rows
+
+    def sample_rows(self, n: int) -> np.ndarray:
+        """bfloat16 [n, D] for statistics: the first n rows of the stream, in every process alike.
+
+        Raises:
+          ValueError: the store has fewer than n rows.
+        """
+        if not 0 < n <= self.store.n_rows:
+            raise ValueError(
+                f"sample of {n} rows: the store at {self.store.path} has {self.store.n_rows}; ask "
+                "for at least 1 and at most that many."
+            )
+        return _rows([(self._read(s, c), a, b) for s, c, a, b in self._stream(0, n)])
+
+    def _pieces(self, step: int) -> Iterator[tuple[int, int, int, int]]:
+        if step < 0:
+            raise ValueError(f"step = {step}: must be 0 or more.")
+        start = step * self.batch_size + self._first
+        return self._stream(start, start + self.local_batch_size)
+
+    def _stream(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, chunk, first slot, last slot + 1) of the rows [start, stop) of the stream."""
+        spec = self.store.spec
+        n = spec.contexts_per_shard
+        per_batch = max(1, self.batch_size // n)
+        per_epoch = spec.n_shards * spec.rows_per_context
+        while start < stop:
+            index, slot = divmod(start, n)
+            epoch, place = divmod(index, per_epoch)
+            order = chunk_order(
+                spec.n_shards, spec.rows_per_context, per_batch, self._cfg.seed, epoch
+            )
+            end = min(n, slot + stop - start)
+            shard, chunk = order[place]
+            yield int(shard), int(chunk), slot, end
+            start += end - slot
+
+    def _start(self, step: int) -> list[tuple[Pending, int, int]]:
+        return [(self._read(s, c), a, b) for s, c, a, b in self._pieces(step)]
+
+    def _read(self, shard: int, chunk: int) -> Pending:
+        if self.local_batch_size >= self.store.spec.contexts_per_shard:
+            return self.store.read_chunk(shard, chunk)
+        # Several batches share a chunk: keep the latest ones, so that each is read once.
+        key = shard, chunk
+        if key not in self._recent:
+            self._recent[key] = self.store.read_chunk(shard, chunk)
+            while len(self._recent) > self._cfg.prefetch + 2:
+                self._recent.popitem(last=False)
+        return self._recent[key]
+
+
+@functools.lru_cache(maxsize=_ORDERS_KEPT)
+def chunk_order(n_shards: int, rows: int, per_batch: int, seed: int, epoch: int) -> np.ndarray:
+    """int32 [n_shards * rows, 2]: (shard, chunk) in the order of one epoch.
+
+    Every pair occurs once. The `per_batch` chunks of a batch are of different shards when there
+    are that many shards (but for the batch across the end of an epoch), otherwise as evenly as
+    possible of all.
+    """
+    chunk_SR = np.argsort(
+        random_keys((n_shards, rows), seed, CHUNK_STREAM, epoch), axis=1, kind="stable"
+    )
+    order = np.empty((rows, n_shards, 2), np.int32)
+    last = np.empty(0, np.int64)
+    for turn in range(rows):
+        shards = permutation(n_shards, seed, SHARD_STREAM, epoch * rows + turn)
+        begun = (epoch * rows + turn) * n_shards % per_batch  # chunks that the open batch has
+        if turn and begun and per_batch <= n_shards:
+            taken = np.isin(shards, last[-begun:])
+            need = per_batch - begun
+            first = shards[~taken][:need]
+            shards = np.concatenate([first, shards[~np.isin(shards, first)]])
+        order[turn, :, 0] = shards
+        order[turn, :, 1] = chunk_SR[shards, turn]
+        last = shards
+    order = order.reshape(-1, 2)
+    order.flags.writeable = False
+    return order
+
+
+def _rows(parts: list[tuple[Pending, int, int]]) -> np.ndarray:
+    rows = [read.result()[start:stop] for read, start, stop in parts]
+    if len(rows) == 1:
+        return rows[0]
+    return np.concatenate([part.view(np.uint16) for part in rows]).view(ml_dtypes.bfloat16)

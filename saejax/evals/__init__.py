@@ -1,0 +1,1 @@
+"""Evaluation of trained autoencoders: reconstruction, sparsity, baselines, downstream loss."""

@@ -1,0 +1,1 @@
+"""Per-latent statistics and examples: exact, mergeable, independent of order."""

@@ -1,0 +1,196 @@
+"""The experiment: stages over one run directory, each from what the previous one left there.
+
+harvest -> train -> evaluate -> report
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax import plan
+from saejax.checkpoint import CheckpointConfig
+from saejax.data.loader import LoaderConfig
+from saejax.data.synthetic import SyntheticConfig
+from saejax.evals import recovery
+from saejax.evals.metrics import LatentStatistics
+from saejax.evals.suite import EvaluationConfig, evaluate, format_table
+from saejax.fit import Fitted, Recipe, StopSignal, fit
+from saejax.mesh import MeshConfig
+from saejax.model.sae import SAEConfig
+from saejax.rundir import RunDirectory, write_json
+from saejax.sources import DataConfig, Source, StoredConfig, open_source
+from saejax.subjects.harvest import HarvestConfig
+from saejax.train.hooks import format_seconds
+from saejax.train.loop import TrainConfig
+from saejax.train.loss import LossConfig
+from saejax.train.optim import OptimizerConfig
+from saejax.viewer import publish
+from saejax.viewer.report import ReportConfig
+
+_LOG = logging.getLogger(__name__)
+
+DONE = 0
+STOPPED = 42
+"""Exit codes: all stages ran; training was stopped by a signal after saving (run it again)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run: data, model, recipe, evaluation.
+
+    Attributes:
+      data: where activations come from: harvested, stored before, or synthetic.
+      sae: the autoencoder.
+      train: length and batching.
+      loss, optimizer, mesh, loader, checkpoint: see there.
+      evaluation: held-out figures; None stops after training.
+      report: the HTML page; None leaves it out.
+    """
+
+    data: HarvestConfig | StoredConfig | SyntheticConfig
+    sae: SAEConfig
+    train: TrainConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = EvaluationConfig()
+    report: ReportConfig | None = ReportConfig()
+
+    def __post_init__(self):
+        self.recipe()  # the parts must fit each other
+        if self.report is not None and self.evaluation is None:
+            raise ValueError(
+                "report needs evaluation: set Experiment.evaluation = @Evaluation(), or "
+                "Experiment.report = None"
+            )
+
+    def recipe(self) -> Recipe:
+        """What training reads."""
+        return Recipe(
+            sae=self.sae,
+            train=self.train,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            checkpoint=self.checkpoint,
+        )
+
+    def plan(self) -> str:
+        """Shapes, parameters, bytes per device and FLOPs per token, for `--dry_run`."""
+        return plan.describe(self.sae, self.loss, self.optimizer, self.train, self.mesh)
+
+    def run(
+        self,
+        workdir: pathlib.Path,
+        *,
+        operative_gin: str,
+        config_json: Mapping[str, Any],
+        argv: Sequence[str],
+    ) -> int:
+        """Runs every stage that is not done yet.
+
+        Args:
+          workdir: the run directory; a run of the same configuration in it is continued.
+          operative_gin: the configuration as gin text, kept in the directory.
+          config_json: the same as JSON; decides whether a run is the same.
+          argv: the command line, kept in the directory.
+
+        Returns:
+          `DONE`, or `STOPPED` if a signal ended training early.
+
+        Raises:
+          ValueError, OSError: bad configuration or data; the message says what to do.
+        """
+        began = time.monotonic()
+        run = RunDirectory(workdir)
+        run.claim(config_json, operative_gin, argv)
+        source, fitted = train_stage(self.data, self.recipe(), self.loader, run)
+        if fitted.stopped:
+            _LOG.info("stopped and saved; the same command continues")
+            return STOPPED
+        if self.evaluation is not None:
+            statistics = self._evaluate(source, fitted, run)
+            if self.report is not None:
+                self._report(source, fitted, run, statistics, operative_gin)
+        _LOG.info("done in %s: %s", format_seconds(time.monotonic() - began), run.path)
+        return DONE
+
+    def _evaluate(self, source: Source, fitted: Fitted, run: RunDirectory) -> LatentStatistics:
+        extra: dict[str, Any] = {"dead_fraction_train": fitted.dead_fraction}
+        if source.synthetic is not None:
+            extra["recovery"] = recovery_scores(source, fitted)
+        result, statistics = evaluate(
+            fitted.sae,
+            source.held_out,
+            self.evaluation,
+            train_rows=source.train_rows,
+            untrained=fitted.untrained(),
+            inputs=None if source.inputs is None else source.inputs(),
+            extra=extra,
+        )
+        write_json(run.evaluation, result)
+        for line in format_table(result).split("\n"):
+            _LOG.info("%s", line)
+        return statistics
+
+    def _report(
+        self,
+        source: Source,
+        fitted: Fitted,
+        run: RunDirectory,
+        statistics: LatentStatistics,
+        operative_gin: str,
+    ) -> None:
+        publish.publish(
+            self.report,
+            fitted.sae,
+            evaluation=json.loads(run.evaluation.read_text()),
+            metrics=run.metrics,
+            statistics=statistics,
+            contexts=source.contexts,
+            documents=source.documents,
+            subject=source.subject,
+            site=source.site,
+            operative=operative_gin,
+            page=run.report,
+            folder=run.figures,
+        )
+        _LOG.info("report: %s", run.report)
+
+
+def train_stage(
+    data: DataConfig, recipe: Recipe, loader: LoaderConfig, run: RunDirectory
+) -> tuple[Source, Fitted]:
+    """Opens (and harvests) the data and trains, in a claimed run directory."""
+    source = open_source(data, recipe.sae, loader, recipe.train.batch_size, run.activations)
+    with StopSignal().listening() as stop_requested:
+        fitted = fit(
+            recipe,
+            source.batches,
+            identity=source.identity,
+            checkpoints=run.checkpoints,
+            write_to=run.path,
+            stop_requested=stop_requested,
+        )
+    return source, fitted
+
+
+def recovery_scores(source: Source, fitted: Fitted) -> dict[str, float]:
+    """How well the dictionary recovers the true features of synthetic data, on held-out rows."""
+    truth, weights = source.synthetic, np.asarray(fitted.sae.w_dec[...])
+    rows, magnitudes = truth.held_out()
+    latents = fitted.sae.encode(rows)
+    _, match = recovery.match(truth.features, weights)
+    f1 = recovery.f1_of_matches(
+        magnitudes, np.asarray(latents.values), np.asarray(latents.indices), match, len(weights)
+    )
+    scores = recovery.recovery(truth.features, truth.probabilities, weights)
+    return scores | recovery.f1_scores(f1, truth.probabilities)

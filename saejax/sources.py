@@ -1,0 +1,177 @@
+"""From a data configuration to everything the stages of a run read from it."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from saejax.data.loader import Loader, LoaderConfig
+from saejax.data.shards import Store, open_store
+from saejax.data.synthetic import Synthetic, SyntheticConfig
+from saejax.evals.downstream import DownstreamInputs
+from saejax.latents.summaries import ContextBlock
+from saejax.model.sae import SAEConfig
+from saejax.subjects.base import Subject
+from saejax.subjects.harvest import HarvestConfig, harvest
+from saejax.subjects.hf import load_subject
+
+_BLOCK_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredConfig:
+    """Activation stores made before, by this or another run.
+
+    Attributes:
+      path: folder (or gs://, s3:// URL) that holds the stores 'train' and 'held_out'.
+      subject: the subject model they come from, for the loss with the reconstruction put back;
+        None leaves that part of the evaluation out.
+    """
+
+    path: str
+    subject: str | None = None
+
+
+DataConfig = HarvestConfig | StoredConfig | SyntheticConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the stages read.
+
+    Attributes:
+      batches: training batches: `iterate(start_step)`, `sample_rows(n)`, `d_model`.
+      held_out: starts a pass over blocks of raw held-out activations `[..., D]`.
+      train_rows: starts a pass over training activations, for the PCA baseline.
+      identity: fingerprints of the data; a resumed run must find the same.
+      contexts: starts a pass over held-out contexts with their activations; None if there is no
+        text behind the data.
+      documents: names of the held-out documents.
+      subject: the subject model, or None.
+      site: where it was tapped, or None.
+      inputs: makes the inputs of the downstream evaluation, or None.
+      synthetic: the generator with its ground truth, or None.
+    """
+
+    batches: Any
+    held_out: Callable[[], Iterator[np.ndarray]]
+    train_rows: Callable[[], Iterator[np.ndarray]]
+    identity: dict[str, str]
+    contexts: Callable[[], Iterator[ContextBlock]] | None = None
+    documents: tuple[str, ...] = ()
+    subject: Subject | None = None
+    site: str | None = None
+    inputs: Callable[[], DownstreamInputs] | None = None
+    synthetic: Synthetic | None = None
+
+
+def open_source(
+    config: DataConfig,
+    sae: SAEConfig,
+    loader: LoaderConfig,
+    batch_size: int,
+    activations: pathlib.Path,
+) -> Source:
+    """Opens the data of a run; harvests first what is not stored yet.
+
+    Args:
+      config: where activations come from.
+      sae: for the width they must have.
+      loader: how stored activations are drawn.
+      batch_size: tokens per step.
+      activations: where a harvest stores them.
+
+    Raises:
+      ValueError: the activations have another width than SAE.d_model, or do not fit the batch.
+    """
+    if isinstance(config, SyntheticConfig):
+        _check_width(sae, config.d_model, "Synthetic.d_model")
+        return _synthetic_source(config, batch_size)
+    if isinstance(config, StoredConfig):
+        root = config.path.rstrip("/")
+        train, held_out = (open_store(f"{root}/{split}") for split in ("train", "held_out"))
+        subject = None if config.subject is None else load_subject(config.subject)
+    else:
+        subject = load_subject(config.subject)
+        subject.check_site(config.site)
+        _check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
+        train, held_out = harvest(config, os.fspath(activations), subject=subject)
+    _check_width(sae, train.spec.d_model, f"the store at {train.path}")
+    return _stored_source(train, held_out, subject, loader, batch_size)
+
+
+def _check_width(sae: SAEConfig, width: int, what: str) -> None:
+    if sae.d_model != width:
+        raise ValueError(
+            f"SAE.d_model = {sae.d_model} does not fit {what}, which is {width} wide; set "
+            f"SAE.d_model = {width}"
+        )
+
+
+def _synthetic_source(config: SyntheticConfig, batch_size: int) -> Source:
+    batches = Synthetic(config, batch_size)
+
+    def held_out():
+        rows = batches.held_out()[0]
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            yield rows[start : start + _BLOCK_ROWS]
+
+    return Source(
+        batches=batches,
+        held_out=held_out,
+        train_rows=batches.iterate,
+        identity={"synthetic": repr(config)},
+        synthetic=batches,
+    )
+
+
+def _stored_source(
+    train: Store, held_out: Store, subject: Subject | None, loader: LoaderConfig, batch_size: int
+) -> Source:
+    spec = train.spec
+    if subject is not None and subject.fingerprint != spec.subject_fingerprint:
+        raise ValueError(
+            f"the store at {train.path} was made with subject {spec.subject!r} of fingerprint "
+            f"{spec.subject_fingerprint}, but the given subject {subject.name!r} has "
+            f"{subject.fingerprint}; give the same weights"
+        )
+
+    def inputs() -> DownstreamInputs:
+        return DownstreamInputs(
+            subject=subject,
+            contexts=(block.tokens for block in contexts_of(held_out)),
+            site=spec.site,
+            mean=np.asarray(train.manifest["mean"]),
+            first_position=spec.first_position,
+        )
+
+    return Source(
+        batches=Loader(train, batch_size, loader),
+        held_out=lambda: (block.rows for block in contexts_of(held_out)),
+        train_rows=lambda: (chunk for chunk, _, _ in train.rows()),
+        identity={
+            "train": train.manifest["sha256"],
+            "held_out": held_out.manifest["sha256"],
+        },
+        contexts=lambda: contexts_of(held_out),
+        documents=held_out.documents,
+        subject=subject,
+        site=spec.site,
+        inputs=None if subject is None else inputs,
+    )
+
+
+def contexts_of(store: Store) -> Iterator[ContextBlock]:
+    """All contexts of a store with their activations, a shard at a time."""
+    for shard in store.committed():
+        rows = store.read_shard_rows(shard)
+        yield ContextBlock(
+            rows=rows.rows,
+            tokens=rows.tokens,
+            document=rows.document,
+            offset=rows.offset,
+            ids=rows.context.astype(np.int64),
+        )

@@ -1,0 +1,1 @@
+"""Subject models: the networks whose activations are explained."""

@@ -1,0 +1,1 @@
+"""What a person looks at: the self-contained report page and the figures."""

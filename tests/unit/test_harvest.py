@@ -1,0 +1,251 @@
+"""Harvesting the embedded subject: stored rows are its activations, however often it is killed."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from saejax.data.corpus import TextConfig, read_documents
+from saejax.data.loader import Loader
+from saejax.data.shards import open_store
+from saejax.data.tokens import pack
+from saejax.subjects.harvest import HarvestConfig, check_free_space, harvest, plan_shards
+from saejax.subjects.hf import load_subject
+
+ROOT = pathlib.Path(__file__).parents[2]
+SPLITS = ("train", "held_out")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return load_subject("embedded")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of three dozen modules of the standard library's size and shape."""
+    folder = tmp_path_factory.mktemp("text")
+    source = "".join(
+        f"def f_{i}(x):\n    '''Adds {i}.'''\n    return x + {i}\n\n" for i in range(60)
+    )
+    for i in range(36):
+        (folder / f"m{i:02}.py").write_text(f"import m{i}\n\n" + source[i * 20 :])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(text):
+    return HarvestConfig(
+        context_length=16,
+        contexts_per_shard=64,
+        batch_contexts=32,
+        tokens=10_000,
+        text=TextConfig(source=str(text), held_out_percent=20.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, cfg, subject):
+    lines = []
+    path = tmp_path_factory.mktemp("clean")
+    stores = harvest(cfg, path, lines.append, subject=subject)
+    return path, stores, lines
+
+
+def test_rows_are_the_subjects_activations_at_their_provenance(clean, cfg, subject):
+    for store, split in zip(clean[1], SPLITS, strict=True):
+        contexts = pack(read_documents(cfg.text, split), subject.tokenizer, cfg.context_length)
+        assert store.documents == contexts.names
+        batches = Loader(store, store.spec.contexts_per_shard)
+        rows, where = batches.batch(1), batches.provenance(1)
+        table = store.read_contexts(int(where[0, 0]))
+        # recomputed from the text, in float32, all positions of a context in one call
+        tokens = contexts.tokens[table[:, 0]].astype(np.int32)
+        np.testing.assert_array_equal(tokens, table[:, 3:])
+        np.testing.assert_array_equal(contexts.document[table[:, 0]], table[:, 1])
+        np.testing.assert_array_equal(contexts.offset[table[:, 0]], table[:, 2])
+        capture = jax.jit(lambda params, t: subject.capture(params, t, (cfg.site,))[cfg.site])
+        acts = capture(subject.params, tokens)
+        expected = np.asarray(acts)[where[:, 1], where[:, 2]]
+        assert (where[:, 2] > 0).all()
+        error = np.abs(rows.astype(np.float32) - expected)
+        assert (error <= 2.0**-8 * np.abs(expected) + 1e-4).all()  # bfloat16 rounds by 2^-9
+        shifted = np.asarray(acts)[where[:, 1], where[:, 2] - 1]
+        assert np.abs(rows.astype(np.float32) - shifted).mean() > 20 * error.mean()
+
+
+def test_contexts_are_permuted_distinct_and_split(clean, cfg):
+    train, held_out = clean[1]
+    for store in (train, held_out):
+        tables = [store.read_contexts(i) for i in store.committed()]
+        ids = np.concatenate(tables)[:, 0].astype(int)
+        assert len(np.unique(ids)) == len(ids)
+        assert np.abs(np.diff(ids)).mean() > len(ids) / 10
+    assert not set(train.documents) & set(held_out.documents)
+    assert train.spec.split == "train" and held_out.spec.split == "held_out"
+    assert abs(train.n_rows - cfg.tokens) <= 0.05 * cfg.tokens
+
+
+def test_manifest_and_progress(clean, cfg, subject):
+    _, (train, _), lines = clean
+    manifest = train.manifest
+    rows = np.concatenate([rows for rows, _, _ in train.rows()]).astype(np.float64)
+    assert manifest["rows"] == len(rows) == train.n_rows
+    np.testing.assert_allclose(manifest["mean"], rows.mean(0), rtol=1e-9, atol=1e-12)
+    variance = ((rows - rows.mean(0)) ** 2).sum(1).mean()
+    np.testing.assert_allclose(manifest["total_variance"], variance, rtol=1e-9)
+    assert manifest["spec"]["subject_fingerprint"] == subject.fingerprint
+    provenance = manifest["provenance"]
+    assert provenance["contexts_wanted"] == -(-cfg.tokens // 15)
+    assert provenance["text"]["source"] == cfg.text.source
+    assert any("tokens/s" in line and "shard" in line for line in lines)
+    assert "MB of activations to store" in lines[0]
+
+
+def test_a_second_run_computes_nothing(clean, cfg, subject):
+    path, _, _ = clean
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
+    lines = []
+    harvest(cfg, path, lines.append, subject=subject)
+    assert lines == []
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()} == before
+
+
+def content(path):
+    found = {p.relative_to(path): p for p in path.rglob("*") if p.is_file()}
+    return {str(k): p.read_bytes() for k, p in found.items() if not p.name.endswith("__lock")}
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+from saejax.subjects import harvest as h
+from saejax.data.corpus import TextConfig
+cfg = h.HarvestConfig(**{fields!r}, text=TextConfig(**{text!r}))
+h.harvest(cfg, sys.argv[1], lambda line: print(line, flush=True))
+"""
+
+
+def test_killed_harvests_end_in_the_same_store(clean, cfg, tmp_path):
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "text"}
+    code = CHILD.format(root=str(ROOT), fields=fields, text=dataclasses.asdict(cfg.text))
+    env = {**os.environ, "XLA_FLAGS": ""}
+    rng, partial, commits = random.Random(1), [0], tmp_path / "train" / "commits"
+    for trial in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env
+        )
+        if trial < 3:  # once more has been committed than before, kill at a random moment
+            while child.poll() is None and len(list(commits.glob("*.json"))) <= partial[-1]:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0.0, 0.05))
+            child.send_signal(signal.SIGKILL)
+        child.communicate()
+        partial.append(len(open_store(tmp_path / "train").committed()))
+    assert child.returncode == 0
+    assert 0 < partial[1] < partial[-1] and partial == sorted(partial), partial
+    assert content(tmp_path) == content(clean[0])
+
+
+def test_two_harvests_at_once_share_the_work(clean, cfg, subject, tmp_path):
+    failures = []
+
+    def run(index):
+        try:
+            harvest(cfg, tmp_path, str, subject=subject, process_index=index, process_count=2)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert content(tmp_path) == content(clean[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed: stored 0, wanted 1"),
+        ({"site": "0.mlp_out"}, "site: stored '1.resid_post', wanted '0.mlp_out'"),
+        ({"dtype": "bfloat16"}, "compute_dtype: stored 'float32', wanted 'bfloat16'"),
+        ({"tokens": 5000}, "n_shards"),
+    ],
+)
+def test_another_config_in_the_same_place_is_refused(clean, cfg, subject, change, field):
+    with pytest.raises(ValueError, match=field):
+        harvest(dataclasses.replace(cfg, **change), clean[0], str, subject=subject)
+
+
+def test_changed_text_tokenizer_or_weights_are_refused(clean, cfg, subject, text):
+    module = text / "m05.py"
+    original = module.read_text()
+    module.write_text(original.replace("Adds", "Puts"))
+    try:
+        with pytest.raises(ValueError, match="text_fingerprint"):
+            harvest(cfg, clean[0], str, subject=subject)
+    finally:
+        module.write_text(original)
+    other = dataclasses.replace(subject, fingerprint="0123")
+    with pytest.raises(ValueError, match="subject_fingerprint"):
+        harvest(cfg, clean[0], str, subject=other)
+
+
+def test_bad_input_is_refused_before_anything_is_written(cfg, subject, tmp_path):
+    for change, message in (
+        ({"site": "1.resid_pots"}, "1.resid_post"),
+        ({"site": "9.resid_post"}, "does not exist"),
+        ({"context_length": 4096}, "context_length = 4096"),
+        ({"text": TextConfig(source=str(tmp_path / "none"))}, "none"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            harvest(dataclasses.replace(cfg, **change), tmp_path / "s", str, subject=subject)
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="max_bytes = 1000"):
+        harvest(dataclasses.replace(cfg, max_bytes=1000), tmp_path / "s", str, subject=subject)
+    for change in ({"tokens": 0}, {"context_length": 1}, {"dtype": "int8"}, {"seed": -1}):
+        with pytest.raises(ValueError, match=rf"Harvest\.{next(iter(change))}"):
+            dataclasses.replace(cfg, **change)
+
+
+def test_non_finite_activations_are_refused_by_document(cfg, subject, tmp_path):
+    broken = jax.tree.map(lambda x: np.asarray(x) * np.float32(np.nan), subject.params)
+    with pytest.raises(ValueError, match=r"NaN or inf.*'1\.resid_post'.*shard 0, first in m\d\d"):
+        harvest(cfg, tmp_path, str, subject=dataclasses.replace(subject, params=broken))
+    assert open_store(tmp_path / "train").committed() == []
+
+
+def test_free_space_is_checked_first(tmp_path):
+    assert check_free_space(str(tmp_path / "not" / "yet"), 10) > 10
+    assert check_free_space("gs://bucket/place", 10**18) is None
+    with pytest.raises(OSError, match=r"need 1000000000\.00 GB"):
+        check_free_space(str(tmp_path), 10**18)
+
+
+@pytest.mark.parametrize("available", [1, 2, 7, 63, 64, 65, 100, 1386, 40_224])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_shards_waste_few_contexts(available, share):
+    goal = max(1, round(available * share))
+    size, n_shards = plan_shards(available, goal, 1024)
+    assert n_shards >= 1 and size * n_shards <= available and size & (size - 1) == 0
+    assert abs(size * n_shards - goal) <= 0.05 * goal
+    assert size <= 1024
+    if size < 1024:  # the next larger size would have missed the goal
+        larger = min(max(1, round(goal / (2 * size))), available // (2 * size))
+        assert abs(larger * 2 * size - goal) > 0.05 * goal
+
+
+def test_bfloat16_is_what_is_stored(clean):
+    assert clean[1][0].read_chunk(0, 0).result().dtype == ml_dtypes.bfloat16

@@ -1,0 +1,155 @@
+"""Loading subjects: the embedded one, local folders, shards, and everything that can be wrong."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import save_file
+
+from saejax.data import corpus
+from saejax.data import tokens as packing
+from saejax.subjects import gpt2, hf
+
+EMBEDDED = pathlib.Path(hf.__file__).parent / "embedded"
+
+
+def tensors(cfg):
+    rng = np.random.default_rng(0)
+    return {k: rng.normal(size=s).astype("f4") for k, s in gpt2.tensor_shapes(cfg).items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny GPT-2 on disk, with the embedded subject's tokenizer."""
+    cfg = gpt2.GPT2Config(
+        vocab_size=4100, n_positions=16, d_model=8, n_layers=2, n_heads=2, d_mlp=16
+    )
+    save_file(tensors(cfg), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_hf()))
+    (tmp_path / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_embedded_subject_predicts_python_it_has_not_seen():
+    subject = hf.load_subject("embedded")
+    assert (subject.d_model, subject.n_layers, subject.max_context) == (192, 4, 128)
+    assert sum(f.stat().st_size for f in EMBEDDED.glob("*.safetensors")) < 6e6
+    documents = corpus.read_documents(corpus.TextConfig(max_bytes=120_000), "held_out")
+    packed = packing.pack(documents, subject.tokenizer, 128)
+    x_BT = packed.tokens[:: max(1, len(packed.tokens) // 48)].astype(np.int32)
+
+    def nats(params):
+        logits = subject.apply(params, x_BT[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, x_BT[:, 1:]).mean()
+
+    per_byte = packed.tokens.size / packed.bytes_total
+    bits = float(jax.jit(nats)(subject.params)) * per_byte / math.log(2)
+    assert 0.8 < bits < 1.5, "a 5-gram model has about 1.5"
+
+
+def test_sharded_files_give_the_same_subject(folder):
+    whole = hf.load_subject(str(folder))
+    raw = hf._read_tensors(folder)
+    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    for i, (name, value) in enumerate(raw.items()):
+        shards[sorted(shards)[i % 2]][name] = value
+    (folder / "model.safetensors").unlink()
+    for file, content in shards.items():
+        save_file(content, folder / file)
+    places = {name: file for file, content in shards.items() for name in content}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert hf.load_subject(str(folder)).fingerprint == whole.fingerprint
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
+        hf.load_subject(str(folder))
+
+
+def test_other_families_are_refused_with_the_supported_ones(folder):
+    edit(folder / "config.json", model_type="llama")
+    with pytest.raises(ValueError, match=r"model_type = 'llama' .* supported families: gpt2"):
+        hf.load_subject(str(folder))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder):
+    cfg = gpt2.GPT2Config(vocab_size=9, n_positions=8, d_model=8, n_layers=1, n_heads=2, d_mlp=16)
+    save_file(tensors(cfg), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
+    with pytest.raises(ValueError, match="tokenizer has 4096 ids, the model's vocab_size is 9"):
+        hf.load_subject(str(folder))
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    edit(folder / "config.json", n_layer=3)
+    with pytest.raises(ValueError, match=r"missing h\.2\.attn\.c_attn\.weight"):
+        hf.load_subject(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_missing_and_damaged_files_are_named(folder, name):
+    (folder / name).write_bytes(b"\x00\x01 nonsense")
+    with pytest.raises(ValueError, match=name):
+        hf.load_subject(str(folder))
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=str(name if name != "tokenizer.json" else folder)):
+        hf.load_subject(str(folder))
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/nowhere", "~/nowhere", "embeded", "a/b/c"])
+def test_what_is_no_folder_and_no_id_is_refused(name):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        hf.load_subject(name)
+
+
+def test_a_hub_id_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        hf.load_subject("openai-community/gpt2")
+
+
+class _Errors(types.ModuleType):
+    class RepositoryNotFoundError(OSError):
+        pass
+
+    class GatedRepoError(RepositoryNotFoundError):
+        pass
+
+    class LocalEntryNotFoundError(FileNotFoundError):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("GatedRepoError", PermissionError, "is gated"),
+        ("RepositoryNotFoundError", FileNotFoundError, "no such model"),
+        ("LocalEntryNotFoundError", FileNotFoundError, "check the network"),
+    ],
+)
+def test_answers_of_the_hub_become_one_clear_line(monkeypatch, folder, name, error, message):
+    """The hub cannot be reached in a test: its package is replaced by its documented errors."""
+    hub, errors = types.ModuleType("huggingface_hub"), _Errors("huggingface_hub.errors")
+    hub.errors = errors
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+    def fail(repository, allow_patterns):
+        raise getattr(errors, name)(repository)
+
+    hub.snapshot_download = fail
+    with pytest.raises(error, match=message):
+        hf.load_subject("owner/model")
+    hub.snapshot_download = lambda repository, allow_patterns: str(folder)
+    assert hf.load_subject("owner/model").name == "owner/model"

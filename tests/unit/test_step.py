@@ -1,0 +1,293 @@
+"""The training step: its switches, its counters, and what it does with bad numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import mesh as mesh_lib
+from saejax.model.normalizer import Normalizer
+from saejax.model.sae import SAEConfig
+from saejax.train.loss import LossConfig
+from saejax.train.optim import OptimizerConfig
+from saejax.train.state import abstract_state, create
+from saejax.train.step import _auxk_capacities, jit_step, loss_spec, make_step
+
+D, L, K, B = 8, 32, 3, 16
+SAE = SAEConfig(d_model=D, n_latents=L, k=K)
+LOSS = LossConfig(k_aux=4, dead_tokens=2 * B)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, ema_decay=0.9)
+
+
+def batch(seed):
+    return np.random.default_rng(seed).normal(size=(B, D)).astype(np.float32)
+
+
+@functools.cache
+def compiled(sae, loss, optimizer, normalizer):
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+    step = make_step(sae, loss, optimizer, normalizer, mesh, batch_tokens=B, chunks=1, steps=10)
+    return jit_step(step, abstract_state(sae, optimizer, 10), mesh)
+
+
+def train(batches, sae=SAE, loss=LOSS, optimizer=OPTIMIZER, normalizer=None, change=None):
+    """State on the host and metrics of every step; `change` edits the fresh state."""
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+    state = create(0, sae, optimizer, 10, batch(99), mesh)
+    if change is not None:
+        state = change(state)
+    step, history = compiled(sae, loss, optimizer, normalizer or Normalizer()), []
+    for x in batches:
+        state, metrics = step(state, jnp.asarray(x))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def silenced(state, rows=slice(0, None, 2), tokens=1000):
+    """Every other latent unable to fire for long."""
+    bias = state.params["latent_bias"].at[rows].set(-9.0)
+    since = state.tokens_since_fired.at[rows].set(tokens)
+    return dataclasses.replace(
+        state, params=state.params | {"latent_bias": bias}, tokens_since_fired=since
+    )
+
+
+def test_the_second_call_does_not_compile():
+    step = compiled(SAE, LOSS, OPTIMIZER, Normalizer())
+    train([batch(0), batch(1), batch(2)])
+    assert step._cache_size() == 1
+
+
+def test_one_step_reports_what_it_did():
+    state, (metrics,) = train([batch(0)])
+    assert int(state.step) == 1
+    assert metrics.tokens == B
+    assert metrics.active == B * K
+    assert metrics.multi_squared_error == 0
+    assert metrics.learning_rate == np.float32(1e-2)
+    assert metrics.grad_norm > 0
+    np.testing.assert_allclose(np.linalg.norm(state.params["w_dec"], axis=1), 1, rtol=1e-5)
+
+
+def test_training_lowers_the_error():
+    _, history = train([batch(0)] * 10)
+    assert history[-1].squared_error < 0.8 * history[0].squared_error
+
+
+def test_dead_counters_count_tokens():
+    state, (metrics,) = train([batch(0)])
+    fired = state.tokens_since_fired == 0
+    assert 0 < fired.sum() < L
+    assert (state.tokens_since_fired[~fired] == B).all()
+    assert metrics.dead == 0
+    state, history = train([batch(0), batch(0)], loss=dataclasses.replace(LOSS, dead_tokens=B + 1))
+    assert history[0].dead == 0
+    assert history[1].dead == (state.tokens_since_fired > B).sum() > 0
+
+
+def test_dead_counters_saturate():
+    state, _ = train([batch(0)] * 2, change=lambda s: silenced(s, tokens=2**30 + 3))
+    largest = state.tokens_since_fired.max()
+    assert 2**30 < largest < 2**30 + 3 * B, "neither wrapped around nor reset"
+
+
+def test_auxk_is_off_while_nothing_is_dead():
+    with_auxk, (metrics,) = train([batch(0)])
+    without, _ = train([batch(0)], loss=dataclasses.replace(LOSS, auxk_coefficient=0.0))
+    assert metrics.dead == metrics.auxk == metrics.auxk_skipped == 0
+    for name, want in without.params.items():
+        np.testing.assert_allclose(with_auxk.params[name], want, rtol=1e-6, atol=1e-7)
+
+
+def lifted(state):
+    """As `silenced`, but dead latents see the input: their bias is a little low only."""
+    state = silenced(state)
+    bias = state.params["latent_bias"].at[::2].set(-0.3)
+    return dataclasses.replace(state, params=state.params | {"latent_bias": bias})
+
+
+def test_auxk_moves_dead_latents_and_only_it():
+    fresh = jax.device_get(lifted(create(0, SAE, OPTIMIZER, 10, batch(99), make_mesh())))
+    on, (metrics,) = train([batch(0)], change=lifted)
+    off, _ = train(
+        [batch(0)], loss=dataclasses.replace(LOSS, auxk_coefficient=0.0), change=lifted
+    )
+    dead = on.tokens_since_fired > 0
+    assert metrics.auxk > 0
+    assert metrics.dead >= 5
+    moved_on = np.abs(on.params["w_enc"] - fresh.params["w_enc"]).max(1)[dead]
+    moved_off = np.abs(off.params["w_enc"] - fresh.params["w_enc"]).max(1)[dead]
+    assert (moved_off == 0).all()
+    assert (moved_on > 1e-4).sum() >= 3
+
+
+def make_mesh():
+    return mesh_lib.make_mesh(mesh_lib.MeshConfig())
+
+
+def test_auxk_without_spread_is_replaced_and_counted():
+    """The same token throughout: its residual is constant over the batch, so 0 divides."""
+    x = np.tile(np.eye(1, D, dtype=np.float32), (B, 1))
+    loss = dataclasses.replace(LOSS, auxk_coefficient=1.0)
+    state, (metrics,) = train([x], loss=loss, normalizer=Normalizer(kind="none"), change=exact)
+    off, _ = train(
+        [x],
+        loss=dataclasses.replace(LOSS, auxk_coefficient=0.0),
+        normalizer=Normalizer(kind="none"),
+        change=exact,
+    )
+    assert metrics.dead > 0
+    assert metrics.auxk_skipped == 1
+    assert metrics.auxk == 0
+    for name, want in off.params.items():
+        assert np.isfinite(state.params[name]).all()
+        np.testing.assert_allclose(state.params[name], want, rtol=1e-6, atol=1e-7)
+
+
+def exact(state):
+    """Nothing fires, so that e = x exactly."""
+    bias = jnp.full(L, -9.0)
+    params = state.params | {"latent_bias": bias, "pre_bias": jnp.zeros(D)}
+    return dataclasses.replace(
+        state, params=params, tokens_since_fired=jnp.full(L, 1000, jnp.int32)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_input_surfaces_in_the_error(bad):
+    x = batch(0)
+    x[3, 2] = bad
+    _, (metrics,) = train([x])
+    assert not np.isfinite(metrics.squared_error)
+
+
+def test_nan_in_a_weight_surfaces_in_the_error():
+    """Whatever the sign bit: arithmetic on x86 makes negative NaNs."""
+
+    def change(state):
+        nan = np.array([0xFFC00000], np.uint32).view(np.float32)[0]
+        w_enc = state.params["w_enc"].at[5].set(nan)
+        return dataclasses.replace(state, params=state.params | {"w_enc": w_enc})
+
+    _, (metrics,) = train([batch(0)], change=change)
+    assert np.isnan(metrics.squared_error)
+
+
+def test_latent_bias_stays_zero_when_it_is_off():
+    two = [batch(0), batch(1)]
+    state, _ = train(two, sae=dataclasses.replace(SAE, latent_bias=False))
+    assert not state.params["latent_bias"].any()
+    assert np.abs(train(two)[0].params["latent_bias"]).max() > 1e-3
+
+
+def changed(state, other):
+    return {
+        name for name in state.params
+        if np.abs(state.params[name] - other.params[name]).max() > 1e-5
+    }  # fmt: skip
+
+
+def test_projection_and_unit_norm_are_switches():
+    two = [batch(0), batch(1)]
+    plain, _ = train(two)
+    no_projection, history = train(
+        two, optimizer=dataclasses.replace(OPTIMIZER, project_decoder_gradient=False)
+    )
+    assert "w_dec" in changed(plain, no_projection)
+    assert history[0].grad_norm > train(two)[1][0].grad_norm
+    free, _ = train(two, optimizer=dataclasses.replace(OPTIMIZER, unit_norm_decoder=False))
+    assert np.abs(np.linalg.norm(free.params["w_dec"], axis=1) - 1).max() > 1e-5
+
+
+def test_clipping_is_a_switch_and_the_reported_norm_is_not_clipped():
+    plain, before = train([batch(0), batch(1)])
+    clipped, after = train(
+        [batch(0), batch(1)], optimizer=dataclasses.replace(OPTIMIZER, clip_norm=1e-3)
+    )
+    assert after[0].grad_norm == pytest.approx(before[0].grad_norm, rel=1e-5)
+    assert changed(plain, clipped)
+    (adam,) = [s for s in clipped.opt_state if hasattr(s, "mu")]
+    norm = np.sqrt(sum(np.square(m).sum() for m in jax.tree.leaves(adam.mu)))
+    assert norm <= 1e-3
+
+
+def test_multi_topk_and_relu_are_switches():
+    plain, (metrics,) = train([batch(0)])
+    multi, (wide,) = train([batch(0)], loss=dataclasses.replace(LOSS, multi_topk_coefficient=1 / 8))
+    assert wide.multi_squared_error > 0
+    assert wide.squared_error == pytest.approx(metrics.squared_error, rel=1e-6)
+    assert changed(plain, multi)
+
+    low = dataclasses.replace(SAE, relu=False)
+    _, (negative,) = train([batch(0)], sae=low, change=exact)
+    _, (clamped,) = train([batch(0)], change=exact)
+    assert clamped.active == 0
+    assert negative.active == B * K
+
+
+def test_average_is_a_switch():
+    state, _ = train([batch(0)])
+    for name, ema in state.ema.items():
+        np.testing.assert_allclose(ema, 0.1 * state.params[name], rtol=1e-4, atol=1e-7)
+    without, _ = train([batch(0)], optimizer=dataclasses.replace(OPTIMIZER, ema_decay=None))
+    assert without.ema is None
+    assert not changed(state, without)
+
+
+def test_normalization_is_applied():
+    _, (plain,) = train([batch(0)])
+    _, (scaled,) = train([5 * batch(0) + 3])
+    assert scaled.squared_error == pytest.approx(plain.squared_error, rel=1e-3)
+    _, (raw,) = train([batch(0)], normalizer=Normalizer(kind="none"))
+    assert raw.squared_error > 2 * plain.squared_error
+
+
+@pytest.mark.parametrize(
+    "d_model, n_latents, k_aux",
+    [(768, 32768, 512), (12288, 2**24, 8192), (64, 4096, 32), (256, 4096, 128), (64, 16, 16)],
+)
+def test_k_aux_is_a_power_of_two_near_half_the_width(d_model, n_latents, k_aux):
+    assert LossConfig().resolve_k_aux(d_model, n_latents) == k_aux
+    assert LossConfig(k_aux=7).resolve_k_aux(d_model, n_latents) == 7
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k_aux": L + 1}, rf"Loss\.k_aux = {L + 1} must not exceed SAE\.n_latents = {L}"),
+        (
+            {"multi_topk_coefficient": 0.1, "multi_topk_factor": 11},
+            r"Loss\.multi_topk_factor = 11 times SAE\.k = 3 exceeds",
+        ),
+    ],
+)
+def test_losses_that_do_not_fit_the_model(change, message):
+    with pytest.raises(ValueError, match=message):
+        loss_spec(SAE, dataclasses.replace(LOSS, **change))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("auxk_coefficient", -1.0),
+        ("auxk_coefficient", float("nan")),
+        ("multi_topk_coefficient", float("inf")),
+        ("k_aux", 0),
+        ("dead_tokens", 0),
+        ("dead_tokens", 2**31),
+        ("multi_topk_factor", 1),
+    ],
+)
+def test_bad_loss_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} = {value}"):
+        LossConfig(**{field: value})
+
+
+def test_capacities_reach_from_none_to_all():
+    assert _auxk_capacities(4, 32) == [0, 4, 32]
+    assert _auxk_capacities(32, 32) == [0, 32]
+    assert _auxk_capacities(512, 2**15) == [0, 512, 4096, 2**15]
+    assert _auxk_capacities(64, 8) == [0, 8]
