@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax
 import numpy as np
 
 from saejax.checkpoint import CheckpointConfig
@@ -23,7 +24,7 @@ __all__ = ["load", "train"]
 
 
 def train(
-    data: np.ndarray | DataConfig,
+    data: np.ndarray | jax.Array | DataConfig,
     *,
     sae: SAEConfig,
     train: TrainConfig,
@@ -65,11 +66,11 @@ def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -
     from saejax.run import train_stage  # pulls in evaluation and plotting
 
     parts = {"recipe": dataclasses.asdict(recipe), "loader": dataclasses.asdict(loader)}
-    if not isinstance(data, np.ndarray):
+    if isinstance(data, DataConfig):
         parts["data"] = {"class": type(data).__name__, **dataclasses.asdict(data)}
         run.claim(parts, "", ["saejax.train"])
         return train_stage(data, recipe, loader, run)[1].sae
-    source = ArraySource(data, recipe.train.batch_size, loader.seed)
+    source = ArraySource(np.asarray(data), recipe.train.batch_size, loader.seed)
     run.claim(parts, "", ["saejax.train"])
     return fit(
         recipe,

@@ -19,12 +19,6 @@ def gather_tokens(x_bD: jax.Array) -> jax.Array:
     return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
 
 
-def own_tokens(x_BD: jax.Array) -> jax.Array:
-    """The slice of `gather_tokens`' output that this device was fed."""
-    own = x_BD.shape[0] // lax.axis_size(LATENT)
-    return lax.dynamic_slice_in_dim(x_BD, lax.axis_index(LATENT) * own, own, axis=0)
-
-
 @jax.custom_vjp
 def sum_over_latents(partial: jax.Array) -> jax.Array:
     """Sum of the shards' partial results; its gradient passes to each of them unchanged."""

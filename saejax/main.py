@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger("saejax").setLevel(logging.INFO)
     try:
         return run(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if FLAGS.debug:
             raise
         print(f"saejax: error: {_one_line(error)}", file=sys.stderr)

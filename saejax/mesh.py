@@ -79,21 +79,20 @@ def check_divisible(config: MeshConfig, n_latents: int, batch_tokens: int) -> No
     if n_latents % config.latent:
         raise ValueError(
             f"SAE.n_latents = {n_latents} is not divisible by Mesh.latent = {config.latent}; "
-            f"the nearest multiple is {math.ceil(n_latents / config.latent) * config.latent}"
+            f"the next multiple is {math.ceil(n_latents / config.latent) * config.latent}"
         )
     if batch_tokens % config.size:
         raise ValueError(
             f"Train.batch_size = {batch_tokens} is not divisible by the mesh's {config.size} "
-            f"devices; the nearest multiple is "
+            f"devices; the next multiple is "
             f"{math.ceil(batch_tokens / config.size) * config.size}"
         )
 
 
 def _spec_of(path: tuple) -> P | None:
-    """Partition of the leaf at a tree path, by the last name on it that the table knows."""
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    known = [name for name in names if name in _SPECS]
-    return _SPECS[known[-1]] if known else None
+    """Partition of the leaf at a tree path, by its own name; None if the table has none."""
+    name = getattr(path[-1], "key", getattr(path[-1], "name", None))
+    return _SPECS.get(name)
 
 
 def tree_specs(tree: Any) -> Any:

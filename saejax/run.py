@@ -21,7 +21,7 @@ from saejax.evals import recovery
 from saejax.evals.metrics import LatentStatistics
 from saejax.evals.suite import EvaluationConfig, evaluate, format_table
 from saejax.fit import Fitted, Recipe, StopSignal, fit
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.rundir import RunDirectory, write_json
 from saejax.sources import DataConfig, Source, StoredConfig, open_source
@@ -170,6 +170,7 @@ def train_stage(
     data: DataConfig, recipe: Recipe, loader: LoaderConfig, run: RunDirectory
 ) -> tuple[Source, Fitted]:
     """Opens (and harvests) the data and trains, in a claimed run directory."""
+    make_mesh(recipe.mesh)  # too few devices: found before the harvest, not after it
     source = open_source(data, recipe.sae, loader, recipe.train.batch_size, run.activations)
     with StopSignal().listening() as stop_requested:
         fitted = fit(

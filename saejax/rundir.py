@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saejax import __version__
 from saejax.schema import config_differences
 
-_PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 
 
 class RunDirectory:
@@ -42,6 +43,9 @@ class RunDirectory:
     def claim(self, config_json: Mapping[str, Any], operative_gin: str, argv: Sequence[str]):
         """Takes the folder for this configuration, or joins the run of the same one in it.
 
+        A start that failed before it made anything (a misspelt path, say) claims nothing: the
+        corrected configuration may take its place.
+
         Raises:
           ValueError: the folder holds a run of another configuration, or files of something else.
           OSError: the folder cannot be created or written.
@@ -49,8 +53,10 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = sorted(entry.name for entry in self.path.iterdir())
+            claimed = [self.config_gin.name, self.config_json.name, self.run_json.name]
             if self.config_json.exists():
-                self._refuse_other_run(json.loads(self.config_json.read_text()), config_json)
+                if present != claimed:
+                    self._refuse_other_run(config_json)
             elif present:
                 raise ValueError(
                     f"workdir = {self.path} is not empty ({', '.join(present[:4])}, ...) and holds "
@@ -70,8 +76,8 @@ class RunDirectory:
                 f"give a --workdir you may write to"
             ) from error
 
-    def _refuse_other_run(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = config_differences(old, new)
+    def _refuse_other_run(self, new: Mapping[str, Any]) -> None:
+        changed = config_differences(read_object(self.config_json), new)
         if changed:
             shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
             raise ValueError(
@@ -82,11 +88,11 @@ class RunDirectory:
     def _log_start(self, argv: Sequence[str]) -> None:
         starts = []
         if self.run_json.exists():
-            starts = json.loads(self.run_json.read_text())["starts"]
+            starts = read_object(self.run_json).get("starts", [])
         starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": list(argv)})
-        versions = {name: importlib.metadata.version(name) for name in _installed(_PACKAGES)}
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         content = {
-            "versions": versions,
+            "versions": {"saejax": __version__, **versions},  # a checkout need not be installed
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "starts": starts,
@@ -94,10 +100,18 @@ class RunDirectory:
         write_json(self.run_json, content)
 
 
-def _installed(names: Sequence[str]) -> list[str]:
-    # A checkout on the path need not be installed; its dependencies always are.
-    known = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
-    return [name for name in names if name in known]
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file when it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged or not of this program ({error}); restore it, or give another "
+            f"--workdir"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; restore it, or give another --workdir")
+    return content
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

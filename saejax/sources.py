@@ -98,8 +98,12 @@ def open_source(
         subject = load_subject(config.subject)
         subject.check_site(config.site)
         _check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
-        train, held_out = harvest(config, os.fspath(activations), subject=subject)
-    _check_width(sae, train.spec.d_model, f"the store at {train.path}")
+        train, held_out = harvest(
+            config, os.fspath(activations), subject=subject, batch_size=batch_size
+        )
+    for store in (train, held_out):
+        _check_width(sae, store.spec.d_model, f"the store at {store.path}")
+    _check_same_origin(train, held_out)
     return _stored_source(train, held_out, subject, loader, batch_size)
 
 
@@ -109,6 +113,16 @@ def _check_width(sae: SAEConfig, width: int, what: str) -> None:
             f"SAE.d_model = {sae.d_model} does not fit {what}, which is {width} wide; set "
             f"SAE.d_model = {width}"
         )
+
+
+def _check_same_origin(train: Store, held_out: Store) -> None:
+    for field in ("subject_fingerprint", "site", "context_length", "first_position"):
+        ours, theirs = getattr(train.spec, field), getattr(held_out.spec, field)
+        if ours != theirs:
+            raise ValueError(
+                f"{field} = {ours!r} in the store at {train.path}, but {theirs!r} in the one at "
+                f"{held_out.path}; give two splits of one harvest"
+            )
 
 
 def _synthetic_source(config: SyntheticConfig, batch_size: int) -> Source:

@@ -60,9 +60,9 @@ class StepMetrics:
       squared_error: sum over tokens of ||x - x_hat||^2, normalised space.
       multi_squared_error: the same for the 4k code of Multi-TopK; 0 when it is off.
       active: sum over tokens of the number of positive latents.
-      dead: latents dead before this batch.
+      dead: latents dead after this batch was counted.
       auxk: normalised AuxK loss; 0 when nothing is dead.
-      auxk_skipped: 1 if the AuxK term was not finite and was replaced by 0.
+      auxk_skipped: 1 if the AuxK term had no finite value and was replaced by 0.
       grad_norm: global norm of the gradient after projection, before clipping.
       learning_rate: the rate this update used.
     """

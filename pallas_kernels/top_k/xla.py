@@ -16,16 +16,23 @@ _GROUP = 16
 _MIN_GROUPS_PER_K = 4
 
 
+def _ordered(x: jax.Array) -> jax.Array:
+    """One NaN and one zero: `lax.top_k` sorts -NaN last and -0 after 0; arithmetic makes both."""
+    return jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0.0, x))
+
+
 def top_k(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.top_k.api.top_k`."""
     n = x_BL.shape[-1]
     if n % _GROUP or n // _GROUP < _MIN_GROUPS_PER_K * k:
-        values, indices = lax.top_k(x_BL, k)
+        values, indices = lax.top_k(_ordered(x_BL), k)
         return values, indices.astype(jnp.int32)
     groups_BGM = x_BL.reshape(*x_BL.shape[:-1], n // _GROUP, _GROUP)
-    _, chosen_BK = lax.top_k(groups_BGM.max(-1), k)
+    # XLA's max reduction on CPU drops NaN: let it stand as infinity there (fused, no extra pass).
+    peaks_BG = jnp.where(jnp.isnan(groups_BGM), jnp.inf, groups_BGM).max(-1)
+    _, chosen_BK = lax.top_k(_ordered(peaks_BG), k)
     chosen_BK = jnp.sort(chosen_BK, axis=-1)
     members_BKM = jnp.take_along_axis(groups_BGM, chosen_BK[..., None], axis=-2)
-    values_BK, flat_BK = lax.top_k(members_BKM.reshape(*x_BL.shape[:-1], k * _GROUP), k)
+    values_BK, flat_BK = lax.top_k(_ordered(members_BKM).reshape(*x_BL.shape[:-1], k * _GROUP), k)
     group_BK = jnp.take_along_axis(chosen_BK, flat_BK // _GROUP, axis=-1)
     return values_BK, (group_BK * _GROUP + flat_BK % _GROUP).astype(jnp.int32)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 _PERMUTATION = 0
@@ -21,10 +22,18 @@ class ArraySource:
         """Keeps a reference to the rows.
 
         Raises:
-          ValueError: not a matrix, fewer rows than a batch, or non-finite values.
+          ValueError: not a matrix of floats, fewer rows than a batch, or non-finite values.
         """
         if rows_ND.ndim != 2:
-            raise ValueError(f"activations of shape {rows_ND.shape} must be a matrix [N, D]")
+            raise ValueError(
+                f"activations of shape {rows_ND.shape} must be a matrix [N, D]; reshape(-1, D) "
+                f"makes one"
+            )
+        if not jnp.issubdtype(rows_ND.dtype, jnp.floating):
+            raise ValueError(
+                f"activations of dtype {rows_ND.dtype} must be floating-point; convert them with "
+                f"astype('float32')"
+            )
         if len(rows_ND) < batch_size:
             raise ValueError(
                 f"{len(rows_ND)} activations are fewer than batch_size = {batch_size}; lower "
@@ -71,7 +80,8 @@ class ArraySource:
 
 def refuse_non_finite(rows: np.ndarray) -> None:
     """Raises ValueError with the count and the first row if any value is NaN or infinite."""
-    bad = ~np.isfinite(np.asarray(rows, np.float32)).all(axis=-1)
+    with np.errstate(over="ignore"):  # training is in float32: what overflows it is refused too
+        bad = ~np.isfinite(np.asarray(rows, np.float32)).all(axis=-1)
     if bad.any():
         raise ValueError(
             f"{int(bad.sum())} of {len(rows)} activations hold NaN or infinity, the first at row "

@@ -68,13 +68,7 @@ class Loader:
           ValueError: the store is unfinished; the batch size is no multiple or divisor of the
             store's contexts_per_shard, or does not divide by the number of processes.
         """
-        n = store.spec.contexts_per_shard
-        if batch_size < 1 or (batch_size % n and n % batch_size):
-            below = [size for size in range(1, n) if n % size == 0]
-            raise ValueError(
-                f"batch_size = {batch_size}: the store's chunks hold {n} rows, so a batch must be "
-                f"a multiple of {n}, or one of {below}."
-            )
+        check_batch_size(batch_size, store.spec.contexts_per_shard)
         if batch_size % process_count:
             raise ValueError(
                 f"batch_size = {batch_size}: must be divisible by the {process_count} processes."
@@ -176,6 +170,17 @@ class Loader:
             while len(self._recent) > self._cfg.prefetch + 2:
                 self._recent.popitem(last=False)
         return self._recent[key]
+
+
+def check_batch_size(batch_size: int, contexts_per_shard: int) -> None:
+    """ValueError unless whole batches can be made of chunks of `contexts_per_shard` rows."""
+    n = contexts_per_shard
+    if batch_size < 1 or (batch_size % n and n % batch_size):
+        below = [size for size in range(1, n) if n % size == 0]
+        raise ValueError(
+            f"batch_size = {batch_size}: the store's chunks hold {n} rows (contexts_per_shard), so "
+            f"a batch must be a multiple of {n}, or one of {below}."
+        )
 
 
 @functools.lru_cache(maxsize=_ORDERS_KEPT)

@@ -25,9 +25,15 @@ def geometric_median(rows_ND: np.ndarray) -> np.ndarray:
     point = rows.mean(0)
     spread = np.sqrt(np.square(rows - point).sum(-1).mean())
     for _ in range(_WEISZFELD_STEPS):
-        distance = np.maximum(np.linalg.norm(rows - point, axis=-1), 1e-12 * spread + 1e-300)
-        weight = 1.0 / distance
-        moved = weight @ rows / weight.sum()
+        distance = np.linalg.norm(rows - point, axis=-1)
+        away = distance > 1e-12 * spread
+        if not away.any():
+            return point
+        weight = 1.0 / distance[away]
+        pull = weight @ (rows[away] - point)
+        # Rows at the point itself hold it with a force of one each (Vardi & Zhang 2000).
+        held = min(1.0, (~away).sum() / max(np.linalg.norm(pull), 1e-300))
+        moved = point + (1.0 - held) * pull / weight.sum()
         if np.linalg.norm(moved - point) <= _WEISZFELD_TOLERANCE * spread:
             return moved
         point = moved

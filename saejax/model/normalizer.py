@@ -54,11 +54,15 @@ class Normalizer:
         offset = x.mean(-1, keepdims=True)
         centred = x - offset
         if self.kind == "unit":
-            norm = jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True))
-            # A constant vector has nothing left to scale: it maps to zero instead of NaN.
-            scale = jnp.where(norm > 0, norm, one)
-            return centred / scale, offset, scale
-        std = jnp.std(x, axis=-1, keepdims=True, ddof=1)
+            square = jnp.square(centred).sum(-1, keepdims=True)
+            # A constant vector has nothing left to scale but the rounding of its mean: it maps to
+            # zero instead of NaN or noise, and has a gradient of zero.
+            rounding = x.shape[-1] * jnp.square(4 * jnp.finfo(x.dtype).eps * offset)
+            constant = square <= rounding
+            scale = jnp.where(constant, one, jnp.sqrt(jnp.where(constant, one, square)))
+            return jnp.where(constant, 0, centred / scale), offset, scale
+        square = jnp.square(centred).sum(-1, keepdims=True) / (x.shape[-1] - 1)
+        std = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, one)), 0)
         return centred / (std + _LAYER_NORM_EPSILON), offset, std
 
     def undo(self, x_n: jax.Array, offset: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The TopK autoencoder as a module, for notebooks, evaluation and export."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -114,7 +115,7 @@ class SAE(nnx.Module):
           ValueError: the last dimension is not d_model.
         """
         x_n, offset, scale = self.normalizer.apply(self._check_width(x))
-        flat_BD = x_n.reshape(-1, self.config.d_model)
+        flat_BD = x_n.reshape(math.prod(x_n.shape[:-1]), self.config.d_model)
         values, indices = sparse.encode_top_k(
             flat_BD,
             self.w_enc[...],
@@ -136,24 +137,24 @@ class SAE(nnx.Module):
     def decode(self, latents: Latents) -> jax.Array:
         """Reconstructs raw activations `[..., D]` from a code `[..., K]` (any K)."""
         values, indices = latents.values, latents.indices
-        k = values.shape[-1]
+        n, k = math.prod(values.shape[:-1]), values.shape[-1]
         out_BD = sparse.decode(
-            values.reshape(-1, k), indices.reshape(-1, k), self.w_dec[...], self.config.dtype
+            values.reshape(n, k), indices.reshape(n, k), self.w_dec[...], self.config.dtype
         )
-        x_n = out_BD.reshape(*values.shape[:-1], -1) + self.pre_bias[...]
+        x_n = out_BD.reshape(*values.shape[:-1], self.config.d_model) + self.pre_bias[...]
         return self.normalizer.undo(x_n, latents.offset, latents.scale)
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """Dense pre-activations `[..., L]` of raw activations `[..., D]`; memory grows with L."""
         x_n, _, _ = self.normalizer.apply(self._check_width(x))
         h_BL = sparse.pre_activations(
-            x_n.reshape(-1, self.config.d_model),
+            x_n.reshape(math.prod(x_n.shape[:-1]), self.config.d_model),
             self.w_enc[...],
             self.latent_bias[...],
             self.pre_bias[...],
             self.config.dtype,
         )
-        return h_BL.reshape(*x_n.shape[:-1], -1)
+        return h_BL.reshape(*x_n.shape[:-1], self.config.n_latents)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The reconstruction of raw activations `[..., D]`."""

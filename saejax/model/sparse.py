@@ -62,12 +62,12 @@ def encode_top_k(
 
 def _encode_forward(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype):
     values_BK, indices_BK = encode_top_k(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype)
-    return (values_BK, indices_BK), (x_BD, w_enc_LD, pre_bias_D, indices_BK)
+    return (values_BK, indices_BK), (x_BD, w_enc_LD, latent_bias_L, pre_bias_D, indices_BK)
 
 
 def _encode_backward(k, dtype, residuals, cotangents):
     del k, dtype  # gradients are formed at full precision
-    x_BD, w_enc_LD, pre_bias_D, indices_BK = residuals
+    x_BD, w_enc_LD, latent_bias_L, pre_bias_D, indices_BK = residuals
     d_values_BK, _ = cotangents
     n_latents = w_enc_LD.shape[0]
     d_w_LD = pallas_kernels.sparse_transpose_matmul(
@@ -78,7 +78,12 @@ def _encode_backward(k, dtype, residuals, cotangents):
     d_pre_D = -d_bias_L @ w_enc_LD
     # Needed by attribution, not by training: there the compiler drops it.
     d_x_BD = pallas_kernels.dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)
-    return d_x_BD, d_w_LD, d_bias_L, d_pre_D
+    return (
+        d_x_BD.astype(x_BD.dtype),
+        d_w_LD.astype(w_enc_LD.dtype),
+        d_bias_L.astype(latent_bias_L.dtype),
+        d_pre_D.astype(pre_bias_D.dtype),
+    )
 
 
 encode_top_k.defvjp(_encode_forward, _encode_backward)

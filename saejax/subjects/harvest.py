@@ -21,6 +21,7 @@ import numpy as np
 
 from saejax.data.corpus import TextConfig, read_documents
 from saejax.data.layout import CONTEXT_STREAM, permutation
+from saejax.data.loader import check_batch_size
 from saejax.data.shards import Store, StoreSpec, open_store
 from saejax.data.tokens import Contexts, pack
 from saejax.subjects.base import Subject
@@ -89,6 +90,7 @@ def harvest(
     log: Callable[[str], None] = logging.getLogger(__name__).info,
     *,
     subject: Subject | None = None,
+    batch_size: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> tuple[Store, Store]:
@@ -99,6 +101,8 @@ def harvest(
       workdir: folder or TensorStore URL.
       log: takes one line of progress.
       subject: the loaded subject, to save loading `cfg.subject` again.
+      batch_size: rows of the batches that will be drawn; one that the shards cannot give is then
+        refused before anything is stored.
       process_index, process_count: processes start at different shards; each ends when all shards
         of both splits are committed, whoever produced them.
 
@@ -107,7 +111,7 @@ def harvest(
 
     Raises:
       ValueError: no such site; a context longer than the subject's; stores of another spec there;
-        NaN or infinite activations; max_bytes exceeded.
+        NaN or infinite activations; max_bytes exceeded; a batch that shards cannot give.
       OSError: no space, or no permission to write.
     """
     subject = subject or load_subject(cfg.subject)
@@ -119,6 +123,8 @@ def harvest(
         )
     texts = {split: _contexts(cfg, subject, split) for split in SPLITS}
     specs = {split: _spec(cfg, subject, split, texts[split]) for split in SPLITS}
+    if batch_size is not None:
+        check_batch_size(batch_size, specs["train"].contexts_per_shard)
     root = os.fspath(workdir).rstrip("/")
     stores = {split: open_store(f"{root}/{split}", specs[split], "w") for split in SPLITS}
     pending = {split: _pending(stores[split]) for split in SPLITS}
@@ -167,7 +173,11 @@ def check_free_space(path: str, needed_bytes: int) -> int | None:
 
 
 def _contexts(cfg: HarvestConfig, subject: Subject, split: str) -> Contexts:
-    return pack(read_documents(cfg.text, split), subject.tokenizer, cfg.context_length)
+    documents = read_documents(cfg.text, split)
+    try:
+        return pack(documents, subject.tokenizer, cfg.context_length)
+    except ValueError as error:
+        raise ValueError(f"Text.source = {cfg.text.source!r}, {split} split: {error}") from error
 
 
 def _spec(cfg: HarvestConfig, subject: Subject, split: str, contexts: Contexts) -> StoreSpec:

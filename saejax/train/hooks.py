@@ -71,17 +71,19 @@ class Window:
 
 
 def check_finite(metrics: StepMetrics, step: int) -> None:
-    """Stops a run whose loss is no number.
+    """Stops a run whose loss or gradient is no number.
 
     Raises:
-      FloatingPointError: naming the step; nothing after the last checkpoint was saved.
+      FloatingPointError: naming the step, whose state is not saved.
     """
-    if not math.isfinite(float(metrics.squared_error)):
-        raise FloatingPointError(
-            f"step {step}: the squared error is {float(metrics.squared_error)}; the activations "
-            f"hold a non-finite value or training diverged. Lower Optimizer.learning_rate or set "
-            f"Optimizer.clip_norm; the last checkpoint is intact"
-        )
+    for name in ("squared_error", "grad_norm"):
+        value = float(getattr(metrics, name))
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} = {value} at step {step} must be finite; the activations hold a "
+                f"non-finite value or training diverged: lower Optimizer.learning_rate or set "
+                f"Optimizer.clip_norm, and train in another workdir"
+            )
 
 
 class MetricsWriter:

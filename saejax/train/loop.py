@@ -62,9 +62,10 @@ class TrainConfig:
         if self.microbatch_size is None:
             return 1
         if share % self.microbatch_size:
+            fits = max(size for size in range(1, self.microbatch_size) if share % size == 0)
             raise ValueError(
                 f"Train.microbatch_size = {self.microbatch_size} must divide batch_size / "
-                f"Mesh.data = {share}"
+                f"Mesh.data = {share}; the next smaller one that does is {fits}"
             )
         return share // self.microbatch_size
 

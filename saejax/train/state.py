@@ -32,8 +32,8 @@ def total_variance(rows_ND: np.ndarray) -> float:
     variance = float(np.square(rows - rows.mean(0)).sum(-1).mean())
     if not variance > 0:
         raise ValueError(
-            f"the sample of {len(rows)} activations has total variance {variance}; normalised "
-            f"error is undefined for constant activations"
+            f"the sample of {len(rows)} activations has total variance {variance}, by which errors "
+            f"are divided; it must be above 0: give activations that are not all the same"
         )
     return variance
 

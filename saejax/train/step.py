@@ -117,7 +117,9 @@ def _add_auxk(capacity, gradients, params, dead_L, x_NBD, e_NBD, spec: StepSpec)
     mean_D = collectives.reduce_over_data(e_NBD.sum((0, 1))) / spec.batch_tokens
     spread = collectives.reduce_over_data(jnp.square(e_NBD - mean_D).sum())
     auxk = collectives.reduce_over_data(error_sum) / spread
-    finite = jnp.isfinite(auxk)
+    # A residual that is the same for every token spreads by rounding alone: not a scale.
+    rounding = jnp.square(4 * jnp.finfo(spread.dtype).eps * mean_D).sum() * spec.batch_tokens
+    finite = jnp.isfinite(auxk) & (spread > rounding)
 
     def add(total, update, rows=None):
         update = jnp.where(finite, update * (spec.loss.auxk_coefficient / spread), 0)

@@ -177,9 +177,7 @@ def test_five_steps_equal_the_numpy_recipe(case, mesh_shape):
 def test_the_problem_exercises_what_it_should():
     history = oracle_history("every option on")
     dead = [silent >= 2 * B for silent, _ in history]
-    revived = sum(
-        (before & (silent == 0)).sum() for before, (silent, _) in zip(dead, history[1:])
-    )
+    revived = sum((before & (silent == 0)).sum() for before, (silent, _) in zip(dead, history[1:]))
     assert not dead[0].any(), "nothing may be dead at first"
     assert sum(d.any() for d in dead) >= 3, "dead latents must appear"
     assert revived >= 3, "dead latents must come alive"

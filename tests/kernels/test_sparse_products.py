@@ -84,7 +84,6 @@ def test_products_on_drawn_shapes(b, n, d, share, seed):
         assert_products((b, n, d, k), np.float64, "xla", seed, duplicates=False)
 
 
-
 GRADIENTS = {
     "dense_sparse_matmul": (
         lambda implementation: lambda v, w, i, a: dense_sparse_matmul(v, i, w, implementation),

@@ -126,15 +126,8 @@ def test_gradients_of_sum_and_share(mesh_shape):
 
 
 @pytest.mark.parametrize("mesh_shape", [(2, 4), (8, 1), (1, 8)])
-def test_tokens_are_gathered_in_order_and_given_back(mesh_shape):
+def test_tokens_are_gathered_in_order(mesh_shape):
     x = jnp.arange(48.0).reshape(16, 3)
-    own = on_mesh(
-        mesh_shape,
-        lambda x: (collectives.own_tokens(collectives.gather_tokens(x)),),
-        ("tokens",),
-        ("tokens",),
-    )
-    np.testing.assert_array_equal(own(x)[0], x)
     shares = on_mesh(
         mesh_shape,
         lambda x: (collectives.reduce_over_data(collectives.gather_tokens(x)),),

@@ -69,11 +69,13 @@ def kind(char: str) -> str:
     return {"L": "letter", "N": "number"}.get(unicodedata.category(char)[0], "other")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
 def test_the_ascii_pattern_agrees_with_the_unicode_pattern(text):
     assert bpe._ascii_pattern().findall(text) == bpe._unicode_pattern().findall(text)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(257, 330))
 def test_merging_equals_the_plain_algorithm(raw, n_merges):
     ids = [TOKENIZER._byte_ids[byte] for byte in raw]
@@ -99,9 +101,7 @@ def test_special_tokens_come_from_packing_only():
 
 
 def test_broken_utf8_decodes_to_replacement_characters():
-    first, second = TOKENIZER.encode("é")[0], TOKENIZER.encode("\xa0")
     assert TOKENIZER.decode(TOKENIZER.encode("€")[:1]) == "\ufffd"
-    assert first and second
     byte = TOKENIZER._byte_ids[0xC3]
     assert TOKENIZER.token_text(byte) == "<0xc3>" and TOKENIZER.token_bytes(byte) == b"\xc3"
 

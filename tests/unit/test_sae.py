@@ -72,7 +72,9 @@ def test_equals_the_definition(kind):
     np.testing.assert_allclose(sae(x), x_hat * scale + offset, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(D,), (1, D), (6, D), (2, 3, D), (2, 1, 3, D), (0, D), (2, 0, D)])
+@pytest.mark.parametrize(
+    "shape", [(D,), (1, D), (6, D), (2, 3, D), (2, 1, 3, D), (0, D), (2, 0, D)]
+)
 def test_any_leading_dimensions(shape):
     sae, x = make(), tokens(shape)
     latents = sae.encode(x)
@@ -111,11 +113,11 @@ def test_decode_takes_any_number_of_latents():
         offset=latents.offset,
         scale=latents.scale,
     )
-    rest = dataclasses.replace(
-        latents, values=latents.values.at[:, :2].set(0.0)
-    )
-    both = sae.decode(first) + sae.decode(rest) - sae.decode(
-        dataclasses.replace(latents, values=jnp.zeros_like(latents.values))
+    rest = dataclasses.replace(latents, values=latents.values.at[:, :2].set(0.0))
+    both = (
+        sae.decode(first)
+        + sae.decode(rest)
+        - sae.decode(dataclasses.replace(latents, values=jnp.zeros_like(latents.values)))
     )
     np.testing.assert_allclose(both, sae.decode(latents), atol=1e-4)
 
@@ -134,9 +136,7 @@ def test_gradient_to_the_input_by_finite_differences(kind):
             return jnp.sin(sae(x + t * away)).sum()
 
         step = 1e-6
-        np.testing.assert_allclose(
-            jax.grad(f)(0.0), (f(step) - f(-step)) / (2 * step), rtol=1e-6
-        )
+        np.testing.assert_allclose(jax.grad(f)(0.0), (f(step) - f(-step)) / (2 * step), rtol=1e-6)
 
 
 def test_gradient_to_one_latent_is_its_encoder_row():
@@ -206,16 +206,17 @@ def test_parameters_must_fit():
     del p["pre_bias"]
     with pytest.raises(ValueError) as caught:
         SAE(CONFIG, p, Normalizer())
-    for text in ("w_dec: expected (24, 8), got (24, 9)", "pre_bias: expected (8,), got nothing",
-                 "theta: expected nothing, got (24,)"):
+    for text in (
+        "w_dec: expected (24, 8), got (24, 9)",
+        "pre_bias: expected (8,), got nothing",
+        "theta: expected nothing, got (24,)",
+    ):
         assert text in str(caught.value)
     assert "w_enc:" not in str(caught.value)
 
 
 def exported(optimizer, step):
-    state = build_state(
-        jax.random.key(0), CONFIG, optimizer, 10, jnp.zeros(D), jnp.ones(())
-    )
+    state = build_state(jax.random.key(0), CONFIG, optimizer, 10, jnp.zeros(D), jnp.ones(()))
     state = dataclasses.replace(state, params=arrays(), step=jnp.asarray(step, jnp.int32))
     if state.ema is not None and step:
         ema = jax.tree.map(lambda p: 2 * p * (1 - optimizer.ema_decay**step), arrays())

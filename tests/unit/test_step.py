@@ -112,9 +112,7 @@ def lifted(state):
 def test_auxk_moves_dead_latents_and_only_it():
     fresh = jax.device_get(lifted(create(0, SAE, OPTIMIZER, 10, batch(99), make_mesh())))
     on, (metrics,) = train([batch(0)], change=lifted)
-    off, _ = train(
-        [batch(0)], loss=dataclasses.replace(LOSS, auxk_coefficient=0.0), change=lifted
-    )
+    off, _ = train([batch(0)], loss=dataclasses.replace(LOSS, auxk_coefficient=0.0), change=lifted)
     dead = on.tokens_since_fired > 0
     assert metrics.auxk > 0
     assert metrics.dead >= 5
@@ -128,9 +126,11 @@ def make_mesh():
     return mesh_lib.make_mesh(mesh_lib.MeshConfig())
 
 
-def test_auxk_without_spread_is_replaced_and_counted():
-    """The same token throughout: its residual is constant over the batch, so 0 divides."""
-    x = np.tile(np.eye(1, D, dtype=np.float32), (B, 1))
+@pytest.mark.parametrize("value", [1.0, 0.1])
+def test_auxk_without_spread_is_replaced_and_counted(value):
+    """The same token throughout: its residual has no spread, exactly (1.0) or but for rounding."""
+    x = np.tile(value * np.linspace(1, 2, D, dtype=np.float32), (B, 1))
+    x = np.tile(np.eye(1, D, dtype=np.float32), (B, 1)) if value == 1.0 else x
     loss = dataclasses.replace(LOSS, auxk_coefficient=1.0)
     state, (metrics,) = train([x], loss=loss, normalizer=Normalizer(kind="none"), change=exact)
     off, _ = train(
