@@ -7,30 +7,37 @@ sae = saejax.train(activations, sae=SAEConfig(...), train=TrainConfig(...))
 """
 
 import types
-from typing import Any
-
-from saejax import train as _train_package
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["load", "train"]
 
+if TYPE_CHECKING:  # for editors and type checkers; a bare `import saejax` stays light
+    from saejax.api import load, train
+else:
+    from saejax import train
 
-class _CallablePackage(types.ModuleType):
-    """`saejax.train` is both the package of the training step and the function that trains."""
+    class _CallablePackage(types.ModuleType):
+        """`saejax.train` is both the package of the training step and the function that trains."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See `saejax.api.train`."""
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Trains an autoencoder; see `saejax.api.train`."""
+            from saejax import api
+
+            return api.train(*args, **kwargs)
+
+        @property
+        def __signature__(self) -> Any:
+            import inspect
+
+            from saejax import api
+
+            return inspect.signature(api.train)
+
+    train.__class__ = _CallablePackage
+
+    def load(path: Any) -> Any:
+        """Loads a trained autoencoder from a run directory or a checkpoint; see `api.load`."""
         from saejax import api
 
-        return api.train(*args, **kwargs)
-
-
-_train_package.__class__ = _CallablePackage
-train = _train_package
-
-
-def load(path: Any) -> Any:
-    """Loads a trained autoencoder from a run directory or a checkpoint; see `saejax.api.load`."""
-    from saejax import api  # imports jax; a bare `import saejax` stays light
-
-    return api.load(path)
+        return api.load(path)

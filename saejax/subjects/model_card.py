@@ -18,6 +18,7 @@ from saejax.subjects import gpt2, ngram
 from saejax.subjects.gpt2 import GPT2Config
 from saejax.subjects.material import LONG_LINE, MAX_SHARED, Material
 
+_COPIED = ("bytes_per_token", "python", "cpu_cores", "tokenizer_material")
 _ORDERS = {1: "unigram", 2: "bigram", 5: "5-gram Kneser-Ney"}
 
 
@@ -30,7 +31,7 @@ command needs no network. GPT-2 architecture: {n_layers} layers, width {d_model}
 bfloat16 ({megabytes:.2f} MB). `config.json`, `model.safetensors` and `tokenizer.json` are in the
 layout of the Hugging Face `transformers` library, which loads them as they are.
 
-This file was written by `saejax/subjects/pretrain.py` from what it measured.
+This file was written by `saejax/subjects/model_card.py` from what `pretrain.py` measured.
 
 ## How well it predicts
 
@@ -53,11 +54,12 @@ The n-gram models look back across window borders, which the language model cann
 | its tests, `encodings` and `lib2to3`, and the packages below | {other_size} | \
 {other_seen:.2f}M tokens, {other_epochs:.2f} epochs |
 
-The tokenizer was trained on the first part alone. Held out is every standard library module whose
-relative path has a sha256 in the lowest 5 % (first 8 bytes, big endian). Left out of the training
-material is every file whose path is or ends in the path of a held-out file, every exact duplicate,
-and every file that shares more than {max_shared:.0%} of its distinct lines of {long_line}
-characters or more with one held-out file, or holds more than {max_shared:.0%} of that file's.
+The tokenizer was trained on {tokenizer_material}.
+Held out is every standard library module whose relative path has a sha256 in the lowest 5 % (first
+8 bytes, big endian). Left out of the training material is every file whose path is or ends in the
+path of a held-out file, every exact duplicate, and every file that shares more than
+{max_shared:.0%} of its distinct lines of {long_line} characters or more with one held-out file, or holds
+more than {max_shared:.0%} of that file's.
 Numbers of files left out: {left_out}.
 
 Held-out files: {held_out_files}.
@@ -198,7 +200,7 @@ def render(record: Mapping[str, Any]) -> str:
         max_shared=MAX_SHARED,
         megabytes=record["model_bytes"] / 1e6,
         millions=record["parameters"] / 1e6,
-        **{name: record[name] for name in ("bytes_per_token", "python", "cpu_cores")},
+        **{name: record[name] for name in _COPIED},
     )
 
 

@@ -292,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = {
         "options": dataclasses.asdict(cfg),
         "config": dataclasses.asdict(config),
+        "tokenizer_material": "a file that was given" if cfg.tokenizer else "the first part alone",
         "train": train,
         "bytes_per_token": bytes_per_token,
         "held_out_nats_per_token": nats,
