@@ -58,8 +58,8 @@ The tokenizer was trained on {tokenizer_material}.
 Held out is every standard library module whose relative path has a sha256 in the lowest 5 % (first
 8 bytes, big endian). Left out of the training material is every file whose path is or ends in the
 path of a held-out file, every exact duplicate, and every file that shares more than
-{max_shared:.0%} of its distinct lines of {long_line} characters or more with one held-out file, or holds
-more than {max_shared:.0%} of that file's.
+{max_shared:.0%} of its distinct lines of {long_line} characters or more with one held-out file, or
+holds more than {max_shared:.0%} of that file's.
 Numbers of files left out: {left_out}.
 
 Held-out files: {held_out_files}.
