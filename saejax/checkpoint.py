@@ -116,7 +116,7 @@ class Checkpoints:
         stored = {_path(path): leaf for path, leaf in _leaves(stored_tree)}
         wanted = {_path(path): leaf for path, leaf in _leaves(abstract)}
         wrong = []
-        for name in sorted(stored | wanted):
+        for name in sorted(stored | wanted, key=lambda n: (not n.startswith("params."), n)):
             have, want = _describe(stored.get(name)), _describe(wanted.get(name))
             if have != want:
                 wrong.append(f"{name} is {have}, the configuration needs {want}")

@@ -19,6 +19,11 @@ def gather_tokens(x_bD: jax.Array) -> jax.Array:
     return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
 
 
+def latent_shards() -> int:
+    """Number of shards along 'latent'."""
+    return lax.axis_size(LATENT)
+
+
 @jax.custom_vjp
 def sum_over_latents(partial: jax.Array) -> jax.Array:
     """Sum of the shards' partial results; its gradient passes to each of them unchanged."""
@@ -72,7 +77,7 @@ def keep_global_top_k(values_BC: jax.Array, k: int) -> jax.Array:
       `[B, C]` bool.
     """
     n_candidates = values_BC.shape[1]
-    if lax.axis_size(LATENT) * n_candidates <= k:
+    if latent_shards() * n_candidates <= k:
         return jnp.ones(values_BC.shape, bool)
     all_values = lax.all_gather(values_BC, LATENT, axis=1, tiled=True)
     kept_BK, position_BK = top_k(all_values, k)

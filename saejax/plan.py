@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from saejax.mesh import MeshConfig
+from saejax.mesh import LATENT, MeshConfig, tree_specs
 from saejax.model.sae import SAEConfig
 from saejax.train import state as state_lib
 from saejax.train.loop import TrainConfig
@@ -43,13 +43,10 @@ def bytes_per_device(
     state = state_lib.abstract_state(sae, optimizer, train.steps)
 
     def local(tree) -> int:
-        # Everything with a latent dimension is split over 'latent'; the rest is replicated.
-        return sum(
-            leaf.size
-            * leaf.dtype.itemsize
-            // (mesh.latent if sae.n_latents in leaf.shape[:1] else 1)
-            for leaf in jax.tree.leaves(tree)
-        )
+        def size(leaf, spec) -> int:
+            return leaf.size * leaf.dtype.itemsize // (mesh.latent if LATENT in spec else 1)
+
+        return sum(jax.tree.leaves(jax.tree.map(size, tree, tree_specs(tree))))
 
     rows = train.batch_size // mesh.data
     block = rows // train.chunks(mesh.data)

@@ -172,11 +172,7 @@ def auxk_error(
         x_BD, dead["w_enc"], dead["latent_bias"], pre_bias_shared, spec.dtype
     )
     h_BC = jnp.where(alive_C, -jnp.inf, h_BC)
-    n_candidates = min(spec.k_aux, h_BC.shape[1])
-    values_BK, indices_BK = sparse.top_k(jax.lax.stop_gradient(h_BC), n_candidates)
-    kept_BK = collectives.keep_global_top_k(values_BK, spec.k_aux) & (values_BK > -jnp.inf)
-    rows_B1 = jnp.arange(h_BC.shape[0])[:, None]
-    kept_BC = jnp.zeros(h_BC.shape, bool).at[rows_B1, indices_BK].set(kept_BK)
+    kept_BC = _keep_dead(jax.lax.stop_gradient(h_BC), spec.k_aux)
     # Zero the rest before ReLU: the gradient of a masked -inf would be NaN.
     z_BC = jnp.where(kept_BC, h_BC, 0)
     z_BC = jax.nn.relu(z_BC) if spec.relu else z_BC
@@ -188,3 +184,14 @@ def auxk_error(
         preferred_element_type=accumulate,
     )
     return jnp.square(e_BD - collectives.sum_over_latents(partial_BD)).sum()
+
+
+def _keep_dead(h_BC: jax.Array, k_aux: int) -> jax.Array:
+    """Which pre-activations are among the k_aux largest of all shards; -inf never is."""
+    eligible_BC = h_BC != -jnp.inf
+    if collectives.latent_shards() * h_BC.shape[1] <= k_aux:
+        return eligible_BC
+    values_BK, indices_BK = sparse.top_k(h_BC, min(k_aux, h_BC.shape[1]))
+    kept_BK = collectives.keep_global_top_k(values_BK, k_aux)
+    rows_B1 = jnp.arange(h_BC.shape[0])[:, None]
+    return eligible_BC & jnp.zeros(h_BC.shape, bool).at[rows_B1, indices_BK].set(kept_BK)
