@@ -273,7 +273,9 @@ def _syntax_message(error: Exception, text: str, label: str, numbered: bool) -> 
     token = re.search(r"Failed to parse token '([A-Za-z_]\w*)'", str(error))
     constants = {"true": "True", "false": "False", "none": "None", "null": "None"}
     if token and token[1].casefold() in constants:
-        message, fix = f"{token[1]} is no value", f"write {constants[token[1].casefold()]}"
+        constant = constants[token[1].casefold()]
+        fix = f"write {constant}, or '{token[1]}' in quotes where a name is meant"
+        message = f"{token[1]} is no value"
     elif token:
         message, fix = f"{token[1]} is no value", f"strings need quotes: '{token[1]}'"
     else:

@@ -113,7 +113,7 @@ def fit(
 
     Args:
       recipe: what to train.
-      batches: source with `iterate(start_step)`, `sample_rows(n)`, `d_model`.
+      batches: source with `iterate(start_step)`, `sample_rows(n)`, `tokens_per_epoch`, `d_model`.
       identity: fingerprints of the data, saved with each checkpoint and compared on resume.
       checkpoints: folder of the checkpoints.
       write_to: folder of metrics.jsonl and the TensorBoard events.
@@ -176,10 +176,8 @@ def _measure(recipe: Recipe, batches: Any) -> tuple[Normalizer, np.ndarray]:
             f"SAE.d_model = {recipe.sae.d_model} does not fit activations that are "
             f"{batches.d_model} wide; set SAE.d_model = {batches.d_model}"
         )
-    available = getattr(batches, "tokens_per_epoch", recipe.train.sample_rows)
-    rows = np.asarray(
-        batches.sample_rows(min(recipe.train.sample_rows, available)), dtype=np.float32
-    )
+    n_rows = min(recipe.train.sample_rows, batches.tokens_per_epoch)
+    rows = np.asarray(batches.sample_rows(n_rows), dtype=np.float32)
     normalizer = normalizer_lib.measure(recipe.sae.normalization, rows)
     return normalizer, np.asarray(normalizer.apply(jax.numpy.asarray(rows))[0])
 

@@ -3,8 +3,6 @@
 Flags, parse, run. Everything else is in `config.py` (what the run is) and `run.py` (what it does).
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import traceback
@@ -37,21 +35,23 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--gin_file is missing; name a file of yours or one of {shipped}")
     experiment, operative, as_json = config.load_experiment(FLAGS.gin_file, FLAGS.gin_bindings)
     if FLAGS.dry_run:
-        print(operative)
-        print(experiment.plan())
+        print(operative, experiment.plan(), sep="\n")
         return 0
     workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[0]).stem)
     return experiment.run(workdir, operative_gin=operative, config_json=as_json, argv=sys.argv)
 
 
 def main(argv: list[str]) -> int:
-    """`run` with user errors as one line on stderr and exit code 1."""
+    """`run` with user errors as one line on stderr and exit code 1; 130 when interrupted."""
     if not FLAGS.debug:  # our progress lines, and of the libraries only what is wrong
         absl_logging.set_verbosity(absl_logging.WARNING)
         absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger("saejax").setLevel(logging.INFO)
     try:
         return run(argv)
+    except KeyboardInterrupt:
+        print("saejax: interrupted; the same command continues", file=sys.stderr)
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         if FLAGS.debug:
             raise
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    checkout = Path(__file__).resolve().parents[1]
-    ours = any(checkout / name in origin.parents for name in ("saejax", "pallas_kernels"))
+    root = Path(__file__).resolve().parents[1]
+    ours = any(root / name in origin.parents for name in ("saejax", "pallas_kernels"))
     # A library's ValueError may be our fault, not the user's: say how to see where it came from.
     hint = "" if ours or isinstance(error, OSError) else " (--debug shows where)"
     return text + hint

@@ -24,7 +24,7 @@ from saejax.fit import Fitted, Recipe, StopSignal, fit
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.rundir import RunDirectory, write_json
-from saejax.sources import DataConfig, Source, StoredConfig, open_source
+from saejax.sources import DataConfig, Source, StoredConfig, check_width, open_source
 from saejax.subjects.harvest import HarvestConfig
 from saejax.train.hooks import format_seconds
 from saejax.train.loop import TrainConfig
@@ -66,6 +66,8 @@ class Experiment:
 
     def __post_init__(self):
         self.recipe()  # the parts must fit each other
+        if isinstance(self.data, SyntheticConfig):
+            check_width(self.sae, self.data.d_model, "Synthetic.d_model")
         if self.report is not None and self.evaluation is None:
             raise ValueError(
                 "report needs evaluation: set Experiment.evaluation = @Evaluation(), or "
@@ -95,7 +97,7 @@ class Experiment:
         config_json: Mapping[str, Any],
         argv: Sequence[str],
     ) -> int:
-        """Runs every stage that is not done yet.
+        """Harvests and trains what is missing; evaluates and reports anew.
 
         Args:
           workdir: the run directory; a run of the same configuration in it is continued.

@@ -53,17 +53,18 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = sorted(entry.name for entry in self.path.iterdir())
-            claimed = [self.config_gin.name, self.config_json.name, self.run_json.name]
-            if self.config_json.exists():
-                if present != claimed:
-                    self._refuse_other_run(config_json)
-            elif present:
-                raise ValueError(
-                    f"workdir = {self.path} is not empty ({', '.join(present[:4])}, ...) and holds "
-                    f"no run; give an empty or new --workdir"
-                )
-            write_text(self.config_gin, operative_gin)
+            ours = (self.config_json, self.config_gin, self.run_json)
+            claimed = {path.name + end for path in ours for end in ("", ".partial")}
+            if not set(present) <= claimed:
+                if not self.config_json.exists():
+                    more = ", ..." if len(present) > 4 else ""
+                    raise ValueError(
+                        f"workdir = {self.path} is not empty ({', '.join(present[:4])}{more}) and "
+                        f"holds no run; give an empty or new --workdir"
+                    )
+                self._refuse_other_run(config_json)
             write_json(self.config_json, config_json)
+            write_text(self.config_gin, operative_gin)
             self._log_start(argv)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise type(error)(

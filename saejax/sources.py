@@ -88,7 +88,7 @@ def open_source(
       ValueError: the activations have another width than SAE.d_model, or do not fit the batch.
     """
     if isinstance(config, SyntheticConfig):
-        _check_width(sae, config.d_model, "Synthetic.d_model")
+        check_width(sae, config.d_model, "Synthetic.d_model")
         return _synthetic_source(config, batch_size)
     if isinstance(config, StoredConfig):
         root = config.path.rstrip("/")
@@ -97,17 +97,18 @@ def open_source(
     else:
         subject = load_subject(config.subject)
         subject.check_site(config.site)
-        _check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
+        check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
         train, held_out = harvest(
             config, os.fspath(activations), subject=subject, batch_size=batch_size
         )
     for store in (train, held_out):
-        _check_width(sae, store.spec.d_model, f"the store at {store.path}")
+        check_width(sae, store.spec.d_model, f"the store at {store.path}")
     _check_same_origin(train, held_out)
     return _stored_source(train, held_out, subject, loader, batch_size)
 
 
-def _check_width(sae: SAEConfig, width: int, what: str) -> None:
+def check_width(sae: SAEConfig, width: int, what: str) -> None:
+    """Raises ValueError unless the model reads activations of this width."""
     if sae.d_model != width:
         raise ValueError(
             f"SAE.d_model = {sae.d_model} does not fit {what}, which is {width} wide; set "

@@ -195,9 +195,15 @@ def _example(pages: LatentPages, row: int, slot: int, peak: float) -> str:
     )
 
 
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:  # a part of a character: show its bytes, not a row of question marks
+        return "".join(f"⟨{byte:02X}⟩" for byte in raw)
+
+
 def _tokens(label: str, tokenizer, ids: np.ndarray) -> str:
-    shown = (tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in ids)
-    items = "".join(f"<code>{markup(text)}</code>" for text in shown)
+    items = "".join(f"<code>{markup(_text(tokenizer.token_bytes(int(i))))}</code>" for i in ids)
     return f"<div><dt>{label}</dt><dd>{items}</dd></div>"
 
 

@@ -182,8 +182,14 @@ def _latents(content: Content) -> str:
         f"one drawn from each with seed {pages.seed}. Under each, the held-out contexts in which "
         f"it is strongest (of {pages.examples.contexts:,}), one line a context around the "
         "strongest token; shading runs from zero to the latent's largest value among them. "
-        "Open a line for the whole window; point at a shaded token for its value.</p>"
+        "Open a line for the whole window; point at a shaded token for its value."
     )
+    if pages.raised is not None:
+        intro += (
+            " Raises and lowers: the tokens whose logits the decoder direction moves most "
+            "directly, through the final norm and the unembedding; later layers are left out."
+        )
+    intro += "</p>"
     cards = [panels.card(pages, stats, int(latent)) for latent in pages.chosen]
     legend = "".join(f'<b class="a{level}"></b>' for level in range(1, panels.LEVELS + 1))
     legend = f'<p class="legend">0 {legend} strongest</p>'

@@ -27,9 +27,7 @@ DATA = SyntheticConfig(features=64, d_model=16, mean_l0=3.0, held_out_rows=256)
 def recipe(**changes):
     parts = {
         "sae": SAEConfig(d_model=16, n_latents=64, k=4, normalization="scalar"),
-        "train": TrainConfig(
-            tokens=STEPS * BATCH, batch_size=BATCH, sample_rows=256, log_every=2
-        ),
+        "train": TrainConfig(tokens=STEPS * BATCH, batch_size=BATCH, sample_rows=256, log_every=2),
         # Latents die and are revived within the run, so that the counters matter.
         "loss": LossConfig(dead_tokens=2 * BATCH, multi_topk_coefficient=1 / 8),
         "optimizer": OptimizerConfig(learning_rate=1e-2, decay="linear", ema_decay=0.9),

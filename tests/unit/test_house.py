@@ -194,9 +194,9 @@ def test_the_gin_folder_holds_no_python():
 
 
 def test_every_file_compiles_without_a_warning():
-    skipped = {".git", ".venv", "build", "dist", "node_modules", "runs"}
-    files = [f for f in ROOT.rglob("*.py") if not skipped & set(f.relative_to(ROOT).parts)]
-    assert ROOT / "setup.py" in files
+    ours = ("saejax", "pallas_kernels", "launch", "tests")
+    files = [ROOT / "setup.py", *(f for name in ours for f in (ROOT / name).rglob("*.py"))]
+    assert len(files) > 50
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for file in files:

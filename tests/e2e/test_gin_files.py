@@ -1,0 +1,111 @@
+"""Every run file that is shipped: its own command builds it; a dry run tells its costs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from saejax import config, main
+
+SHIPPED = config.shipped_files()
+SIZES = {  # d_model, latents, k, devices along 'latent', microbatches a step
+    "gin/gpt2_small_32k.gin": (768, 32_768, 32, 1, 4),
+    "gin/gpt2_small_128k.gin": (768, 131_072, 32, 1, 8),
+    "gin/gpt4_16m.gin": (12_288, 16_777_216, 256, 512, 16),
+    "gin/quickstart.gin": (192, 4096, 16, 1, 1),
+}
+
+
+def header(name: str) -> str:
+    """The comment that opens a file."""
+    lines = config.find_file(name).read_text(encoding="utf-8").splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(lines[:end])
+
+
+def own_command(name: str) -> list[str]:
+    """The flags of the command in the file's header."""
+    (command,) = re.findall(r"^#   python -m saejax\.main (.*)$", header(name), re.MULTILINE)
+    return shlex.split(command)
+
+
+@pytest.fixture
+def dry_run(capsys, tmp_path, monkeypatch):
+    """Stdout of a dry run in an empty directory, which stays empty."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(given: list[str]) -> str:
+        flags.FLAGS.unparse_flags()
+        try:
+            code = main.main(flags.FLAGS(["saejax", *given, "--dry_run"]))
+        finally:
+            for name in ("gin_file", "gin_bindings", "workdir", "dry_run"):
+                flags.FLAGS[name].unparse()
+        out, err = capsys.readouterr()
+        assert code == 0 and err == "", err
+        assert list(tmp_path.iterdir()) == []
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_header_says_what_it_is_and_how_to_run_it(name, dry_run):
+    first = header(name).splitlines()[0]
+    assert re.match(r"# [A-Z].*[.:?]", first), first
+    command = own_command(name)
+    assert command[0] == f"--gin_file={name}"
+    assert "parameters" in dry_run([flag for flag in command if flag != "--dry_run"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_dry_run_prints_the_configuration_and_the_costs(name, dry_run, tmp_path):
+    operative, _, plan = dry_run([f"--gin_file={name}"]).partition("\n\nmesh ")
+    built, text, _ = config.load_experiment([name])
+    assert operative.strip() == text.strip()
+    (tmp_path / "again.gin").write_text(operative)
+    assert config.load_experiment([str(tmp_path / "again.gin")])[0] == built
+    for heading in ("parameters", "bytes per device", "FLOPs per token", "training", "rate"):
+        assert re.search(rf"^{heading}", plan, re.MULTILINE), heading
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_promised_sizes(name, dry_run):
+    plan = dry_run([f"--gin_file={name}"]).partition("\n\nmesh ")[2]
+    d_model, n_latents, k, latent, chunks = SIZES[name]
+    built, _, _ = config.load_experiment([name])
+    assert (built.sae.d_model, built.sae.n_latents, built.sae.k) == (d_model, n_latents, k)
+    assert f"data 1 x latent {latent} = {latent} devices" in plan
+    assert f", {chunks} microbatches a step" in plan
+    assert re.search(rf"w_enc +{n_latents}x{d_model} +{n_latents * d_model:,}\n", plan)
+    total = 2 * n_latents * d_model + n_latents + d_model
+    assert re.search(rf"^  total +{total:,}$", plan, re.MULTILINE)
+    encoder = 2 * n_latents * d_model
+    assert re.search(rf"^  encoder forward +{encoder:,}$", plan, re.MULTILINE)
+
+
+def test_the_papers_rates_and_k_aux(dry_run):
+    """2e-4 at 2^14 latents, falling with the square root; k_aux a power of two near d_model / 2."""
+    found = {}
+    for name in sorted(SIZES)[:3]:
+        plan = dry_run([f"--gin_file={name}"])
+        found[name] = re.search(r"^rate +(\S+), k_aux (\d+)$", plan, re.MULTILINE).groups()
+    assert found == {
+        "gin/gpt2_small_32k.gin": ("0.000141", "512"),
+        "gin/gpt2_small_128k.gin": ("7.07e-05", "512"),
+        "gin/gpt4_16m.gin": ("6.25e-06", "512"),
+    }
+
+
+def test_the_base_is_no_run(tmp_path):
+    assert "gin/base.gin" not in SHIPPED
+    with pytest.raises(ValueError, match=r"Experiment.data|SAE\.\w+"):
+        config.load_experiment(["gin/base.gin"])
+
+
+def test_every_file_is_shipped():
+    root = Path(__file__).resolve().parents[2]
+    present = {f.relative_to(root).as_posix() for f in (root / "gin").rglob("*.gin")}
+    assert present - {"gin/base.gin"} == set(SHIPPED)

@@ -1,0 +1,129 @@
+"""A run directory belongs to one configuration; files in it are whole or not there."""
+
+import errno
+import json
+import os
+import pathlib
+
+import pytest
+
+import saejax
+from saejax.rundir import RunDirectory, read_object, write_json, write_text
+
+CONFIG = {"class": "Experiment", "sae": {"class": "SAE", "k": 4}, "loss": None}
+OTHER = {"class": "Experiment", "sae": {"class": "SAE", "k": 8}, "loss": None}
+
+
+def claim(folder, config=CONFIG, argv=("saejax", "--flag")):
+    RunDirectory(folder).claim(config, f"# {config['sae']['k']}\n", argv)
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_naming_a_directory_creates_nothing(tmp_path):
+    assert RunDirectory(tmp_path / "run").checkpoints == tmp_path / "run/checkpoints"
+    assert names(tmp_path) == []
+
+
+def test_a_claim_writes_what_the_run_is(tmp_path):
+    claim(tmp_path / "a/b")
+    run = RunDirectory(tmp_path / "a/b")
+    assert names(run.path) == ["config.gin", "config.json", "run.json"]
+    assert json.loads(run.config_json.read_text()) == CONFIG
+    assert run.config_gin.read_text() == "# 4\n"
+    content = json.loads(run.run_json.read_text())
+    assert content["versions"]["saejax"] == saejax.__version__
+    assert [start["argv"] for start in content["starts"]] == [["saejax", "--flag"]]
+
+
+def test_the_same_configuration_joins_and_is_logged(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, argv=["again"])
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["argv"] for start in starts] == [["saejax", "--flag"], ["again"]]
+
+
+@pytest.mark.parametrize("made", ["activations", "checkpoints", "metrics.jsonl", "notes.txt"])
+def test_another_configuration_is_refused_once_anything_was_made(tmp_path, made):
+    claim(tmp_path)
+    (tmp_path / made).mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(
+        ValueError, match=r"another configuration \(sae\.k: 4 -> 8\); restore these"
+    ):
+        claim(tmp_path, OTHER)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_a_start_that_made_nothing_can_be_corrected(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path, OTHER)
+    assert json.loads((tmp_path / "config.json").read_text()) == OTHER
+    assert (tmp_path / "config.gin").read_text() == "# 8\n"
+    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
+
+
+def test_many_changes_are_shortened(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    many = CONFIG | {f"field{i}": i for i in range(20)}
+    with pytest.raises(ValueError, match=r"field7: \(absent\) -> 7; \.\.\.\); restore"):
+        claim(tmp_path, many)
+
+
+def test_a_folder_without_a_configuration_is_someone_elses(tmp_path):
+    for name in ("b", "a", "e", "d", "c"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        ValueError, match=r"not empty \(a, b, c, d, \.\.\.\).*empty or new --workdir"
+    ):
+        claim(tmp_path)
+    assert len(names(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\udcff", "[]", "3"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    claim(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(
+        ValueError, match=r"config\.json (is damaged|holds no JSON object)"
+    ) as caught:
+        claim(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (OSError(errno.EROFS, "Read-only file system"), OSError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+    ],
+)
+def test_a_disk_that_refuses_is_told_with_its_reason(tmp_path, monkeypatch, failure, kind):
+    """A read-only or full file system cannot be made without privileges: the call is replaced."""
+
+    def refuse(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    message = rf"workdir = .* cannot be written \({failure.strerror}\); give a --workdir"
+    with pytest.raises(kind, match=message):
+        claim(tmp_path / "run")
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, 2.5, "ü"]})
+    assert read_object(path) == {"a": [1, 2.5, "ü"]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("killed here")))
+    monkeypatch.setattr(pathlib.Path, "replace", lambda *a: os.replace(*a))
+    with pytest.raises(OSError, match="killed here"):
+        write_text(path, "half a fi")
+    assert read_object(path) == {"a": [1, 2.5, "ü"]}
