@@ -15,7 +15,7 @@ from saejax.fit import Recipe, fit, load
 from saejax.mesh import MeshConfig
 from saejax.model.sae import SAE, SAEConfig
 from saejax.rundir import RunDirectory
-from saejax.sources import DataConfig
+from saejax.sources import DataConfig, open_source
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
@@ -63,19 +63,17 @@ def train(
 
 
 def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -> SAE:
-    from saejax.run import train_stage  # pulls in evaluation and plotting
-
     parts = {"recipe": dataclasses.asdict(recipe), "loader": dataclasses.asdict(loader)}
+    batch_size = recipe.train.batch_size
     if isinstance(data, DataConfig):
         parts["data"] = {"class": type(data).__name__, **dataclasses.asdict(data)}
         run.claim(parts, "", ["saejax.train"])
-        return train_stage(data, recipe, loader, run)[1].sae
-    source = ArraySource(np.asarray(data), recipe.train.batch_size, loader.seed)
-    run.claim(parts, "", ["saejax.train"])
+        source = open_source(data, recipe.sae, loader, batch_size, run.activations)
+        batches, identity = source.batches, source.identity
+    else:
+        batches = ArraySource(np.asarray(data), batch_size, loader.seed)
+        identity = {"array": batches.fingerprint}
+        run.claim(parts, "", ["saejax.train"])
     return fit(
-        recipe,
-        source,
-        identity={"array": source.fingerprint},
-        checkpoints=run.checkpoints,
-        write_to=run.path,
+        recipe, batches, identity=identity, checkpoints=run.checkpoints, write_to=run.path
     ).sae

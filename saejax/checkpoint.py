@@ -61,7 +61,7 @@ class Checkpoints:
         """Writes a state and its JSON metadata as step `state.step`.
 
         Raises:
-          RuntimeError: nothing was written, e.g. a newer step is already there.
+          OSError: nothing was written, e.g. a newer step is already there.
         """
         step = int(state.step)
         saved = self._manager.save(
@@ -74,7 +74,7 @@ class Checkpoints:
             ),
         )
         if not saved:
-            raise RuntimeError(
+            raise OSError(
                 f"checkpoint {step} was not written to {self.directory}; its newest step is "
                 f"{self.latest()}"
             )

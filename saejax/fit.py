@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from saejax import mesh as mesh_lib
 from saejax.checkpoint import CheckpointConfig, Checkpoints
+from saejax.data.arrays import refuse_non_finite
 from saejax.mesh import MeshConfig
 from saejax.model import normalizer as normalizer_lib
 from saejax.model.normalizer import Normalizer
@@ -178,6 +179,7 @@ def _measure(recipe: Recipe, batches: Any) -> tuple[Normalizer, np.ndarray]:
         )
     n_rows = min(recipe.train.sample_rows, batches.tokens_per_epoch)
     rows = np.asarray(batches.sample_rows(n_rows), dtype=np.float32)
+    refuse_non_finite(rows)
     normalizer = normalizer_lib.measure(recipe.sae.normalization, rows)
     return normalizer, np.asarray(normalizer.apply(jax.numpy.asarray(rows))[0])
 

@@ -55,8 +55,8 @@ def bytes_per_device(
         "parameters": local(state.params),
         "optimizer": local(state.opt_state),
         "EMA": local(state.ema) if state.ema is not None else 0,
-        "gradients": 4 * 2 * matrix,
-        "batch, normalised and residual": 2 * 4 * rows * sae.d_model,
+        "gradients": 4 * 2 * matrix * (2 if rows > block else 1),
+        "batch: raw, normalised, residual": 3 * 4 * rows * sae.d_model,
         "pre-activations of a microbatch": 4 * block * (sae.n_latents // mesh.latent),
     }
 
@@ -84,7 +84,7 @@ def describe(
         count = int(np.prod(shape, dtype=np.int64))
         lines.append(f"  {name:<12}{'x'.join(map(str, shape)):<22}{count:>16,}")
     total = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
-    lines += [f"  {'total':<34}{total:>16,}", "", "bytes per device (estimate)"]
+    lines += [f"  {'total':<34}{total:>16,}", "", "bytes per device (estimate; AuxK not counted)"]
     sizes = bytes_per_device(sae, loss, optimizer, train, mesh)
     lines += [f"  {part:<34}{_bytes(size):>16}" for part, size in sizes.items()]
     lines += [f"  {'total':<34}{_bytes(sum(sizes.values())):>16}", ""]

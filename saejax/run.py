@@ -19,12 +19,13 @@ from saejax.data.loader import LoaderConfig
 from saejax.data.synthetic import SyntheticConfig
 from saejax.evals import recovery
 from saejax.evals.metrics import LatentStatistics
+from saejax.evals.rows import code_rows
 from saejax.evals.suite import EvaluationConfig, evaluate, format_table
 from saejax.fit import Fitted, Recipe, StopSignal, fit
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.rundir import RunDirectory, write_json
-from saejax.sources import DataConfig, Source, StoredConfig, check_width, open_source
+from saejax.sources import Source, StoredConfig, check_width, open_source
 from saejax.subjects.harvest import HarvestConfig
 from saejax.train.hooks import format_seconds
 from saejax.train.loop import TrainConfig
@@ -34,6 +35,7 @@ from saejax.viewer import publish
 from saejax.viewer.report import ReportConfig
 
 _LOG = logging.getLogger(__name__)
+_ROWS_AT_ONCE = 4096
 
 DONE = 0
 STOPPED = 42
@@ -114,7 +116,19 @@ class Experiment:
         began = time.monotonic()
         run = RunDirectory(workdir)
         run.claim(config_json, operative_gin, argv)
-        source, fitted = train_stage(self.data, self.recipe(), self.loader, run)
+        make_mesh(self.mesh)  # too few devices: found before the harvest, not after it
+        source = open_source(
+            self.data, self.sae, self.loader, self.train.batch_size, run.activations
+        )
+        with StopSignal().listening() as stop_requested:
+            fitted = fit(
+                self.recipe(),
+                source.batches,
+                identity=source.identity,
+                checkpoints=run.checkpoints,
+                write_to=run.path,
+                stop_requested=stop_requested,
+            )
         if fitted.stopped:
             _LOG.info("stopped and saved; the same command continues")
             return STOPPED
@@ -168,32 +182,15 @@ class Experiment:
         _LOG.info("report: %s", run.report)
 
 
-def train_stage(
-    data: DataConfig, recipe: Recipe, loader: LoaderConfig, run: RunDirectory
-) -> tuple[Source, Fitted]:
-    """Opens (and harvests) the data and trains, in a claimed run directory."""
-    make_mesh(recipe.mesh)  # too few devices: found before the harvest, not after it
-    source = open_source(data, recipe.sae, loader, recipe.train.batch_size, run.activations)
-    with StopSignal().listening() as stop_requested:
-        fitted = fit(
-            recipe,
-            source.batches,
-            identity=source.identity,
-            checkpoints=run.checkpoints,
-            write_to=run.path,
-            stop_requested=stop_requested,
-        )
-    return source, fitted
-
-
 def recovery_scores(source: Source, fitted: Fitted) -> dict[str, float]:
     """How well the dictionary recovers the true features of synthetic data, on held-out rows."""
     truth, weights = source.synthetic, np.asarray(fitted.sae.w_dec[...])
     rows, magnitudes = truth.held_out()
-    latents = fitted.sae.encode(rows)
-    _, match = recovery.match(truth.features, weights)
-    f1 = recovery.f1_of_matches(
-        magnitudes, np.asarray(latents.values), np.asarray(latents.indices), match, len(weights)
+    codes = list(code_rows(fitted.sae, [rows], batch_size=_ROWS_AT_ONCE))
+    values, indices = (
+        np.concatenate([getattr(code, name) for code in codes]) for name in ("values", "indices")
     )
+    _, match = recovery.match(truth.features, weights)
+    f1 = recovery.f1_of_matches(magnitudes, values, indices, match, len(weights))
     scores = recovery.recovery(truth.features, truth.probabilities, weights)
     return scores | recovery.f1_scores(f1, truth.probabilities)

@@ -53,9 +53,11 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = sorted(entry.name for entry in self.path.iterdir())
-            ours = (self.config_json, self.config_gin, self.run_json)
+            ours = (self.config_gin, self.config_json, self.run_json)
             claimed = {path.name + end for path in ours for end in ("", ".partial")}
-            if not set(present) <= claimed:
+            # A claim writes config.gin first: a lone config.json is another program's.
+            begun = not present or self.config_gin.name in present[0]
+            if not (begun and set(present) <= claimed):
                 if not self.config_json.exists():
                     more = ", ..." if len(present) > 4 else ""
                     raise ValueError(
@@ -63,8 +65,8 @@ class RunDirectory:
                         f"holds no run; give an empty or new --workdir"
                     )
                 self._refuse_other_run(config_json)
-            write_json(self.config_json, config_json)
             write_text(self.config_gin, operative_gin)
+            write_json(self.config_json, config_json)
             self._log_start(argv)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise type(error)(

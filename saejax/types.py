@@ -15,7 +15,8 @@ class Latents:
     """A sparse code and what decoding needs to return to the space of the input.
 
     Attributes:
-      values: `[..., K]` float32, non-negative; zero where fewer than K latents are active.
+      values: `[..., K]` float32; zero where fewer than K latents are active, and non-negative
+        unless the model has no ReLU.
       indices: `[..., K]` int32 in [0, L); latents in descending order of pre-activation.
       offset: `[..., 1]`, what input normalisation subtracted (0 if nothing).
       scale: `[..., 1]`, what it divided by (1 if nothing).

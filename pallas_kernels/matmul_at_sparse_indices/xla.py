@@ -13,6 +13,6 @@ def matmul_at_sparse_indices(a_BD: jax.Array, w_LD: jax.Array, indices_BK: jax.A
 
     def one_token(args):
         a_D, indices_K = args
-        return jnp.einsum("d,kd->k", a_D, w_LD[indices_K])
+        return jnp.einsum("d,kd->k", a_D, w_LD[indices_K], precision=lax.Precision.HIGHEST)
 
     return lax.map(one_token, (a_BD, indices_BK), batch_size=_TOKENS_PER_BLOCK)

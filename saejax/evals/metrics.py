@@ -202,7 +202,7 @@ class LatentStatistics:
         """
         values, indices = np.asarray(values), np.asarray(indices)
         tokens = int(np.prod(values.shape[:-1]))
-        active = values > 0
+        active = values != 0  # without ReLU, negative latents are active too
         index_E = indices[active].astype(np.int64)
         value_E = values[active].astype(np.float64)
         if index_E.size and (index_E.min() < 0 or index_E.max() >= n_latents):

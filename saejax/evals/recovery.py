@@ -53,7 +53,7 @@ def f1_of_matches(
     """F1 of each feature's matched latent as a detector of the feature.
 
     F1_i = 2 TP_i / (P_i + H_i), with P_i the rows in which feature i is active (magnitude above
-    0), H_i the rows in which latent match_i is (value above `threshold`) and TP_i those of both;
+    0), H_i the rows in which latent match_i is (|value| above `threshold`) and TP_i those of both;
     0 where P_i + H_i = 0.
 
     Args:
@@ -71,7 +71,7 @@ def f1_of_matches(
     for start in range(0, len(magnitudes_NF), _BLOCK):
         block = slice(start, start + _BLOCK)
         active_BF = np.asarray(magnitudes_NF[block]) > 0
-        on_BK = np.asarray(values_NK[block]) > threshold
+        on_BK = np.abs(values_NK[block]) > threshold
         on_BL = np.zeros((len(on_BK), n_latents), bool)
         rows_BK = np.broadcast_to(np.arange(len(on_BK))[:, None], on_BK.shape)
         on_BL[rows_BK[on_BK], np.asarray(indices_NK[block])[on_BK]] = True

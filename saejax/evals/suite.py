@@ -115,7 +115,8 @@ def merge_passes(a: Pass, b: Pass) -> Pass:
 
 def _describe(done: Pass, d_model: int, decades: int) -> dict[str, Any]:
     latents = done.latents
-    share = latents.densest_share(d_model)
+    # Nothing fired: the shares of activations are undefined, all else is not.
+    share = latents.densest_share(d_model) if latents.count.any() else None
     return {
         "tokens": done.normalized.moments.count,
         "nmse": done.normalized.nmse,
@@ -127,7 +128,7 @@ def _describe(done: Pass, d_model: int, decades: int) -> dict[str, Any]:
         "dense_fraction_1_percent": latents.dense_fraction(0.01),
         "dense_fraction_10_percent": latents.dense_fraction(0.1),
         "densest_density_over_l0": share,
-        "densest_share_of_activations": share * min(d_model, latents.count.size),
+        "densest_share_of_activations": share and share * min(d_model, latents.count.size),
         "density_histogram": latents.density_histogram(decades=decades),
     }
 
@@ -168,13 +169,14 @@ def evaluate(
     result = _describe(done, sae.config.d_model, config.decades)
     result["baselines"] = {"mean_nmse": baselines.MEAN_NMSE}
     if config.pca and train_rows is not None:
+        components = min(sae.config.k, sae.config.d_model)
         fitted = baselines.fit_pca(
             rows.normalized_rows(sae, train_rows(), batch_size=size, limit=config.pca_tokens),
-            sae.config.k,
+            components,
         )
         held = rows.normalized_rows(sae, held_out(), batch_size=size, limit=limit)
         result["baselines"]["pca_nmse"] = baselines.pca_nmse(fitted, held)
-        result["baselines"]["pca_components"] = sae.config.k
+        result["baselines"]["pca_components"] = components
     if config.untrained and untrained is not None:
         fresh = reconstruct(untrained, held_out(), batch_size=size, limit=limit)
         result["baselines"]["untrained_nmse"] = fresh.normalized.nmse

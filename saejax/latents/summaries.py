@@ -18,6 +18,7 @@ import numpy as np
 from saejax.evals.metrics import LatentStatistics
 
 EMPTY = -1
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,23 @@ def _chosen_values(sae, rows_CRD, slot_L, chosen):
     latents = sae.encode(rows_CRD.astype(jnp.float32))
     slot_CRK = slot_L[latents.indices]
     hit_SCRK = slot_CRK[None] == jnp.arange(chosen)[:, None, None, None]
-    return jnp.where(hit_SCRK, latents.values[None], 0.0).max(axis=-1)
+    # At most one of the K is the latent: the sum is its value.
+    return jnp.where(hit_SCRK, latents.values[None], 0.0).sum(axis=-1)
+
+
+def _pieces(block: ContextBlock) -> Iterable[ContextBlock]:
+    """The block in slices whose pre-activations fit a device, whatever the shards' size."""
+    contexts, rows = block.rows.shape[:2]
+    size = max(1, _ROWS_AT_ONCE // rows)
+    for start in range(0, contexts, size):
+        part = slice(start, start + size)
+        yield ContextBlock(
+            rows=block.rows[part],
+            tokens=block.tokens[part],
+            document=block.document[part],
+            offset=block.offset[part],
+            ids=block.ids[part],
+        )
 
 
 def top_examples(
@@ -181,8 +198,7 @@ def top_examples(
     Args:
       sae: the autoencoder (``saejax.model.sae.SAE``).
       blocks: whole contexts with their raw activations.
-      latents: indices of the latents to keep examples of; a few dozen to a few hundred, since
-        memory grows with their number times the contexts of a block.
+      latents: indices of the latents to keep examples of; a few dozen to a few hundred.
       top: contexts to keep for each.
 
     Raises:
@@ -199,7 +215,7 @@ def top_examples(
     slot_L[latents] = np.arange(len(latents))
     slot_L = jnp.asarray(slot_L)
     result: TopExamples | None = None
-    for block in blocks:
+    for block in (piece for whole in blocks for piece in _pieces(whole)):
         value_SCR = _chosen_values(sae, jnp.asarray(block.rows), slot_L, len(latents))
         empty = TopExamples.empty(latents, top, block.tokens.shape[1])
         part = _examples_of(block, np.asarray(value_SCR), empty)
@@ -212,7 +228,7 @@ def top_examples(
 def statistics(sae, blocks: Iterable[ContextBlock]) -> LatentStatistics:
     """Counts, sums, sums of squares and maxima of every latent over all stored positions."""
     result = LatentStatistics.empty(sae.config.n_latents)
-    for block in blocks:
+    for block in (piece for whole in blocks for piece in _pieces(whole)):
         code = _encode(sae, jnp.asarray(block.rows))
         result = result.merge(LatentStatistics.of(*map(np.asarray, code), result.count.size))
     return result

@@ -8,6 +8,10 @@ from jax import lax
 
 import pallas_kernels
 
+# Accelerators round float32 operands of a product unless told not to, and selection on rounded
+# sums picks wrong latents. bfloat16 operands are exact either way.
+PRECISION = lax.Precision.HIGHEST
+
 
 def pre_activations(
     x_BD: jax.Array, w_enc_LD: jax.Array, latent_bias_L: jax.Array, pre_bias_D: jax.Array, dtype
@@ -22,6 +26,7 @@ def pre_activations(
         centred_BD,
         w_enc_LD.astype(dtype),
         (((1,), (1,)), ((), ())),
+        precision=PRECISION,
         preferred_element_type=accumulate,
     )
     return h_BL + latent_bias_L
@@ -75,7 +80,7 @@ def _encode_backward(k, dtype, residuals, cotangents):
     )
     d_bias_L = jnp.zeros(n_latents, d_values_BK.dtype)
     d_bias_L = d_bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
-    d_pre_D = -d_bias_L @ w_enc_LD
+    d_pre_D = -jnp.matmul(d_bias_L, w_enc_LD, precision=PRECISION)
     # Needed by attribution, not by training: there the compiler drops it.
     d_x_BD = pallas_kernels.dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)
     return (

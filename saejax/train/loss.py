@@ -181,6 +181,7 @@ def auxk_error(
         z_BC.astype(spec.dtype),
         dead["w_dec"].astype(spec.dtype),
         (((1,), (0,)), ((), ())),
+        precision=sparse.PRECISION,
         preferred_element_type=accumulate,
     )
     return jnp.square(e_BD - collectives.sum_over_latents(partial_BD)).sum()

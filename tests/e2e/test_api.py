@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +230,20 @@ assert saejax.train is train
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_training_works_outside_the_main_thread():
+    """Signals belong to the command line; a notebook's thread may train too."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(
+            saejax.train(
+                SyntheticConfig(features=16, d_model=8, mean_l0=2.0),
+                sae=SAEConfig(d_model=8, n_latents=16, k=2),
+                train=TrainConfig(tokens=512, batch_size=64, sample_rows=128),
+            )
+        )
+    )
+    thread.start()
+    thread.join()
+    assert found and found[0].config.n_latents == 16

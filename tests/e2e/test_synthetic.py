@@ -10,8 +10,10 @@ import saejax
 from saejax import config
 from saejax.data.synthetic import Synthetic
 from saejax.evals import recovery
-from saejax.run import recovery_scores, train_stage
+from saejax.fit import fit
+from saejax.run import recovery_scores
 from saejax.rundir import RunDirectory
+from saejax.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,17 @@ def test_without_training_nothing_is_found(experiment, folder, result):
     (Were the features drawn from the keys that the weights are drawn from, they would not.)
     """
     built = experiment[0]
-    source, fitted = train_stage(built.data, built.recipe(), built.loader, RunDirectory(folder))
+    run = RunDirectory(folder)
+    source = open_source(
+        built.data, built.sae, built.loader, built.train.batch_size, run.activations
+    )
+    fitted = fit(
+        built.recipe(),
+        source.batches,
+        identity=source.identity,
+        checkpoints=run.checkpoints,
+        write_to=run.path,
+    )
     assert recovery_scores(source, fitted) == pytest.approx(result["recovery"])
     before = recovery_scores(source, dataclasses.replace(fitted, sae=fitted.untrained()))
     assert before["matched"] < 0.01 and before["mmcs"] < 0.5 and before["f1"] < 0.15

@@ -52,7 +52,7 @@ PARTS = {
     "viewer": BELOW_EVALS | {"evals", "latents"},
     "rundir": {"schema"},
     "plan": LOW | {"model", "train"},
-    "fit": LOW | {"model", "train", "checkpoint"},
+    "fit": LOW | {"data", "model", "train", "checkpoint"},
     "sources": BELOW_EVALS | {"evals", "latents"},
     "run": MEASURING | STAGES,
     "api": MEASURING | STAGES | {"run"},

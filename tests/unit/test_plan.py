@@ -34,7 +34,7 @@ def test_bytes_on_one_device():
         "optimizer": 2 * 4 * PARAMETERS + 2 * 4,  # two moments; the counts of Adam and the rate
         "EMA": 4 * PARAMETERS,
         "gradients": 4 * 2 * 1000 * 10,
-        "batch, normalised and residual": 2 * 4 * 320 * 10,
+        "batch: raw, normalised, residual": 3 * 4 * 320 * 10,
         "pre-activations of a microbatch": 4 * 320 * 1000,
     }
     assert sizes(optimizer=OptimizerConfig(ema_decay=None))["EMA"] == 0
@@ -47,7 +47,7 @@ def test_bytes_split_over_the_mesh():
     assert split["parameters"] == split["EMA"] == 4 * local
     assert split["optimizer"] == 2 * 4 * local + 2 * 4
     assert split["gradients"] == 4 * 2 * 200 * 10
-    assert split["batch, normalised and residual"] == 2 * 4 * 160 * 10
+    assert split["batch: raw, normalised, residual"] == 3 * 4 * 160 * 10
     assert split["pre-activations of a microbatch"] == 4 * 160 * 200
 
 
@@ -55,9 +55,10 @@ def test_microbatches_bound_the_pre_activations_only():
     train = dataclasses.replace(TRAIN, microbatch_size=40)
     whole, small = sizes(), sizes(train=train)
     assert small["pre-activations of a microbatch"] == 4 * 40 * 1000
-    name = "pre-activations of a microbatch"
-    assert {k: v for k, v in whole.items() if k != name} == {
-        k: v for k, v in small.items() if k != name
+    assert small["gradients"] == 2 * whole["gradients"]  # the sum, and the microbatch's own
+    names = ("pre-activations of a microbatch", "gradients")
+    assert {k: v for k, v in whole.items() if k not in names} == {
+        k: v for k, v in small.items() if k not in names
     }
 
 

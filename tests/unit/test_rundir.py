@@ -66,6 +66,29 @@ def test_a_start_that_made_nothing_can_be_corrected(tmp_path):
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
 
 
+@pytest.mark.parametrize(
+    "left", [["config.gin.partial"], ["config.gin"], ["config.gin", "config.json"]]
+)
+def test_a_claim_that_was_cut_short_can_be_made_again(tmp_path, left):
+    claim(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        if path.name not in left:
+            path.unlink()
+    if "config.gin.partial" in left:
+        (tmp_path / left[0]).write_text("# to")
+    claim(tmp_path, OTHER)
+    assert json.loads((tmp_path / "config.json").read_text()) == OTHER
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "config.json.partial"])
+def test_a_file_of_our_name_may_be_anothers(tmp_path, name):
+    (tmp_path / name).write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"model_type: 'gpt2' -> \(absent\)|holds no run"):
+        claim(tmp_path)
+    assert names(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == '{"model_type": "gpt2"}'
+
+
 def test_many_changes_are_shortened(tmp_path):
     claim(tmp_path)
     (tmp_path / "checkpoints").mkdir()
