@@ -32,7 +32,8 @@ PACKAGES = [
 PACKAGE_DIR = {"saejax.gin": "gin"}
 
 PACKAGE_DATA = {
-    "saejax.gin": ["*.gin", "*/*.gin"],
+    "saejax": ["py.typed"],
+    "saejax.gin": ["*.gin"],
     "saejax.subjects": ["embedded/*"],
     "saejax.viewer": ["static/*"],
 }

@@ -12,7 +12,7 @@ from saejax.checkpoint import CheckpointConfig
 from saejax.data.arrays import ArraySource
 from saejax.data.loader import LoaderConfig
 from saejax.fit import Recipe, fit, load
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAE, SAEConfig
 from saejax.rundir import RunDirectory
 from saejax.sources import DataConfig, open_source
@@ -56,6 +56,7 @@ def train(
     recipe = Recipe(
         sae=sae, train=train, loss=loss, optimizer=optimizer, mesh=mesh, checkpoint=checkpoint
     )
+    make_mesh(mesh)  # too few devices: found before anything is made
     if workdir is None:
         with tempfile.TemporaryDirectory(prefix="saejax-") as folder:
             return _train(data, recipe, loader, RunDirectory(folder))

@@ -20,6 +20,7 @@ import saejax
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.loader import LoaderConfig
 from saejax.data.synthetic import Synthetic, SyntheticConfig
+from saejax.mesh import MeshConfig
 from saejax.model.sae import SAE, SAEConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.optim import OptimizerConfig
@@ -132,6 +133,12 @@ def test_arrays_of_jax_and_of_other_precisions(run, rows):
         close = np.abs(np.asarray(sae.pre_bias[...]) - np.asarray(run[1].pre_bias[...])).max()
         assert close < (1e-6 if dtype == np.float64 else 0.02), dtype
         assert sae.w_dec[...].dtype == jnp.float32
+
+
+def test_too_few_devices_are_found_before_anything_is_made(rows, tmp_path):
+    with pytest.raises(ValueError, match="16 x 1 asks for 16 devices, but 8 are present"):
+        saejax.train(rows, **ARGUMENTS, mesh=MeshConfig(data=16), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_synthetic_source_needs_no_array(tmp_path):
