@@ -60,7 +60,7 @@ class StepMetrics:
       tokens: tokens in the batch.
       squared_error: sum over tokens of ||x - x_hat||^2, normalised space.
       multi_squared_error: the same for the 4k code of Multi-TopK; 0 when it is off.
-      active: sum over tokens of the number of positive latents.
+      active: sum over tokens of the number of active (non-zero) latents.
       dead: latents dead after this batch was counted.
       auxk: normalised AuxK loss; 0 when nothing is dead.
       auxk_skipped: 1 if the AuxK term had no finite value and was replaced by 0.

@@ -174,10 +174,10 @@ class LatentStatistics:
 
     Attributes:
       tokens: number of tokens seen.
-      count: int64 ``[L]``, tokens on which the latent was active (value > 0).
+      count: int64 ``[L]``, tokens on which the latent was active (value not 0).
       total: float64 ``[L]``, sum of values.
       square: float64 ``[L]``, sum of squared values.
-      peak: float64 ``[L]``, largest value; 0 where the latent never fired.
+      peak: float64 ``[L]``, largest value, or 0 where none is positive.
     """
 
     tokens: int

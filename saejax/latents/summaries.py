@@ -225,21 +225,6 @@ def top_examples(
     return result
 
 
-def statistics(sae, blocks: Iterable[ContextBlock]) -> LatentStatistics:
-    """Counts, sums, sums of squares and maxima of every latent over all stored positions."""
-    result = LatentStatistics.empty(sae.config.n_latents)
-    for block in (piece for whole in blocks for piece in _pieces(whole)):
-        code = _encode(sae, jnp.asarray(block.rows))
-        result = result.merge(LatentStatistics.of(*map(np.asarray, code), result.count.size))
-    return result
-
-
-@jax.jit
-def _encode(sae, rows_CRD):
-    latents = sae.encode(rows_CRD.astype(jnp.float32))
-    return latents.values, latents.indices
-
-
 def spread_over_density(statistics: LatentStatistics, count: int, seed: int) -> np.ndarray:
     """Chooses latents for show without looking at them: one at random per density quantile.
 

@@ -119,14 +119,6 @@ def test_refusals(sae, block):
         summaries.top_examples(sae, [block], [1]).row(2)
 
 
-def test_statistics_over_blocks_are_those_of_the_dense_code(sae, block):
-    found = summaries.statistics(sae, [part(block, slice(0, 20)), part(block, slice(20, None))])
-    z = dense_values(sae, block).reshape(-1, LATENTS)
-    assert found.tokens == COUNT * ROWS
-    np.testing.assert_array_equal(found.count, (z > 0).sum(0))
-    np.testing.assert_allclose(found.total, z.sum(0), rtol=1e-5)
-
-
 def statistics(count):
     zeros = np.zeros(len(count))
     return LatentStatistics(
