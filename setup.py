@@ -25,6 +25,7 @@ PACKAGES = [
     "pallas_kernels",
     "pallas_kernels.dense_sparse_matmul",
     "pallas_kernels.matmul_at_sparse_indices",
+    "pallas_kernels.pair_list",
     "pallas_kernels.sparse_transpose_matmul",
     "pallas_kernels.top_k",
 ]

@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.arrays import ArraySource
 from saejax.data.loader import LoaderConfig
-from saejax.fit import Recipe, fit, load
+from saejax.fit import fit, load
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAE, SAEConfig
+from saejax.plan import resolve_mesh
+from saejax.recipe import Recipe
 from saejax.rundir import RunDirectory
 from saejax.sources import DataConfig, open_source
 from saejax.train.loop import TrainConfig
@@ -30,6 +33,7 @@ def train(
     train: TrainConfig,
     loss: LossConfig = LossConfig(),
     optimizer: OptimizerConfig = OptimizerConfig(),
+    topk: TopKConfig = TopKConfig(),
     mesh: MeshConfig = MeshConfig(),
     loader: LoaderConfig = LoaderConfig(),
     checkpoint: CheckpointConfig = CheckpointConfig(),
@@ -40,8 +44,8 @@ def train(
     Args:
       data: activations `[N, D]` in memory, or a `HarvestConfig`, `StoredConfig` or
         `SyntheticConfig`.
-      sae, train, loss, optimizer, mesh, loader, checkpoint: as in a gin file; the defaults are
-        the paper's.
+      sae, train, loss, optimizer, topk, mesh, loader, checkpoint: as in a gin file; the
+        defaults are the paper's, but for the capacity of a sharded top-k.
       workdir: run directory for activations, checkpoints and metrics; calling again with the same
         one and the same arguments continues the run. None uses a temporary folder and keeps
         nothing.
@@ -54,9 +58,15 @@ def train(
         run.
     """
     recipe = Recipe(
-        sae=sae, train=train, loss=loss, optimizer=optimizer, mesh=mesh, checkpoint=checkpoint
+        sae=sae,
+        train=train,
+        loss=loss,
+        optimizer=optimizer,
+        topk=topk,
+        mesh=mesh,
+        checkpoint=checkpoint,
     )
-    make_mesh(mesh)  # too few devices: found before anything is made
+    make_mesh(resolve_mesh(recipe, jax.devices()))  # too few devices: found before anything is made
     if workdir is None:
         with tempfile.TemporaryDirectory(prefix="saejax-") as folder:
             return _train(data, recipe, loader, RunDirectory(folder))

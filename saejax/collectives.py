@@ -1,10 +1,12 @@
-"""Every collective of the training step, with the gradient each one stands for.
+"""Every collective of the training step, each under the name that the plan's table gives it.
 
-All functions run on local shards inside `mesh.per_device`. The loss is computed in full on every
-latent shard of a data row from the same reduced arrays, so the gradient of a reduction over
-'latent' is the identity, and what is shared by the shards must sum its gradients: the two rules of
-tensor parallelism, stated here as custom gradients rather than inferred.
+All functions run on local shards inside `mesh.per_device`. Tokens are held in one of two ways: each
+device its own rows `[b, D]`, or all the rows of its data row `[B, D]`, in the order of the latent
+shards. `gather_tokens` and `sum_tokens` lead from one to the other.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,18 @@ from pallas_kernels import top_k
 from saejax.mesh import DATA, LATENT
 
 
-def gather_tokens(x_bD: jax.Array) -> jax.Array:
-    """This data row's tokens `[B, D]` from the slices its latent shards were fed."""
-    return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
+def _named(name: str) -> Callable:
+    """Marks what a function lowers to, so that a compiled program can be compared with the plan."""
+
+    def decorate(fn):
+        @functools.wraps(fn)
+        def named(*args, **kwargs):
+            with jax.named_scope(name):
+                return fn(*args, **kwargs)
+
+        return named
+
+    return decorate
 
 
 def latent_shards() -> int:
@@ -24,66 +35,111 @@ def latent_shards() -> int:
     return lax.axis_size(LATENT)
 
 
-@jax.custom_vjp
-def sum_over_latents(partial: jax.Array) -> jax.Array:
-    """Sum of the shards' partial results; its gradient passes to each of them unchanged."""
-    return lax.psum(partial, LATENT)
+def data_rows() -> int:
+    """Number of replicas along 'data'."""
+    return lax.axis_size(DATA)
 
 
-sum_over_latents.defvjp(lambda x: (sum_over_latents(x), None), lambda _, g: (g,))
+@_named("tokens")
+def gather_tokens(x_bD: jax.Array) -> jax.Array:
+    """`[B, D]`: the data row's tokens, from the rows that each latent shard was fed."""
+    return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
 
 
-@jax.custom_vjp
-def share_over_latents(replicated: jax.Array) -> jax.Array:
-    """The same array on every shard; its gradient is the sum of what the shards make of it."""
-    return replicated
+@_named("reconstruction")
+def sum_tokens(partial_BD: jax.Array) -> jax.Array:
+    """`[b, D]`: the sum of all shards' partial results, each device its own rows.
+
+    Half the bytes of an all-reduce; the residual is gathered back in the narrower compute dtype.
+    """
+    return lax.psum_scatter(partial_BD, LATENT, scatter_dimension=0, tiled=True)
 
 
-share_over_latents.defvjp(lambda x: (x, None), lambda _, g: (lax.psum(g, LATENT),))
+@_named("residual")
+def gather_residual(e_bD: jax.Array) -> jax.Array:
+    """`[B, D]`: the residuals of the data row's tokens, for the gradients of every shard."""
+    return lax.all_gather(e_bD, LATENT, axis=0, tiled=True)
 
 
-def reduce_over_latents(x: jax.Array) -> jax.Array:
-    """Plain sum over 'latent', for counts and for gradients already taken."""
-    return lax.psum(x, LATENT)
+@_named("codes over data")
+def gather_over_data(tree):
+    """Every leaf of all data rows, stacked along a new leading axis."""
+    return jax.tree.map(lambda x: lax.all_gather(x, DATA, axis=0), tree)
 
 
+@_named("gradients over data")
 def reduce_over_data(tree):
-    """Sum over 'data' of every leaf, for gradients and for sums over tokens."""
+    """Sum over 'data' of every leaf.
+
+    A reduction for each leaf, so that the encoder's may run while the decoder's gradient is still
+    being made (Gao et al. 2024, App. D).
+    """
     return jax.tree.map(lambda x: lax.psum(x, DATA), tree)
 
 
+@_named("sums")
+def sum_over_mesh(tree):
+    """Sum over every device of small leaves."""
+    return jax.tree.map(lambda x: lax.psum(x, (DATA, LATENT)), tree)
+
+
+@_named("sums")
+def sum_over_latents(tree):
+    """Sum over 'latent' of small leaves."""
+    return jax.tree.map(lambda x: lax.psum(x, LATENT), tree)
+
+
+@_named("fired")
 def any_over_data(flag: jax.Array) -> jax.Array:
     """Logical or over 'data'."""
     return lax.pmax(flag.astype(jnp.int32), DATA) > 0
 
 
+@_named("sums")
 def largest_over_latents(count: jax.Array) -> jax.Array:
     """Maximum over 'latent'; makes a branch index agree on every shard."""
     return lax.pmax(count, LATENT)
 
 
-def keep_global_top_k(values_BC: jax.Array, k: int) -> jax.Array:
-    """Which of this shard's candidates are among the k largest of all shards.
+def count_kept(values_BC: jax.Array, k: int, exchange: str = "all_to_all") -> jax.Array:
+    """How many of this shard's candidates are among the k largest offered by all shards.
 
-    Exact as long as every shard offers min(k, its latents) candidates. Only values travel: the
-    k-th candidate's value and its place in shard-major order decide, so that ties fall to the
-    lowest global latent index, as in an unsharded top-k (Gao et al. 2024, App. D).
+    Candidates come sorted, so the kept ones are the first. Only values travel: their place in
+    shard-major order decides ties, which so fall to the lowest global latent index, as in an
+    unsharded top-k (Gao et al. 2024, App. D). The result is the exact global top-k unless a shard
+    keeps all it offers and had more to offer.
 
     Args:
-      values_BC: `[B, C]`, candidates of this shard, sorted by (value descending, index ascending).
-      k: how many survive over all shards.
+      values_BC: `[B, C]` candidates of this shard, by (value descending, index ascending).
+      k: how many are kept over all shards.
+      exchange: 'all_to_all' sends each shard the candidates of its own share of the tokens and
+        returns counts; 'all_gather' sends all candidates everywhere. Tokens that do not divide
+        by the shards are always gathered.
 
     Returns:
-      `[B, C]` bool.
+      `[B]` int32 in [0, C].
     """
-    n_candidates = values_BC.shape[1]
-    if latent_shards() * n_candidates <= k:
-        return jnp.ones(values_BC.shape, bool)
-    all_values = lax.all_gather(values_BC, LATENT, axis=1, tiled=True)
-    kept_BK, position_BK = top_k(all_values, k)
-    threshold_B1, last_B1 = kept_BK[:, -1:], position_BK[:, -1:]
-    first = lax.axis_index(LATENT) * n_candidates
-    own_position_C = first + jnp.arange(n_candidates, dtype=position_BK.dtype)
-    tied = (values_BC == threshold_B1) & (own_position_C[None, :] <= last_B1)
-    # A NaN compares false with everything; keep it, so that it surfaces in the loss.
-    return (values_BC > threshold_B1) | tied | jnp.isnan(values_BC)
+    n_tokens, n_candidates = values_BC.shape
+    shards = latent_shards()
+    if shards * n_candidates <= k:
+        return jnp.full(n_tokens, n_candidates, jnp.int32)
+    if shards == 1:
+        return jnp.full(n_tokens, k, jnp.int32)
+    if exchange == "all_gather" or n_tokens % shards:
+        with jax.named_scope("candidates"):
+            offered = lax.all_gather(values_BC, LATENT, axis=1, tiled=True)
+        return _count_by_shard(offered, k, n_candidates, lax.axis_index(LATENT)[None])[:, 0]
+    with jax.named_scope("candidates"):
+        offered = lax.all_to_all(values_BC, LATENT, split_axis=0, concat_axis=1, tiled=True)
+    counts_bS = _count_by_shard(offered, k, n_candidates, jnp.arange(shards))
+    with jax.named_scope("kept counts"):
+        return lax.all_to_all(counts_bS, LATENT, split_axis=1, concat_axis=0, tiled=True)[:, 0]
+
+
+def _count_by_shard(
+    offered: jax.Array, k: int, n_candidates: int, shards_S: jax.Array
+) -> jax.Array:
+    """`[B, S]`: of each token's k largest among `[B, shards * C]`, how many the shards offered."""
+    _, position_BK = top_k(offered, k)
+    owner_BK = position_BK // n_candidates
+    return (owner_BK[:, :, None] == shards_S).sum(1, dtype=jnp.int32)

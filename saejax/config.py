@@ -43,6 +43,7 @@ CONFIGURABLES: dict[str, str] = {
     "Loss": "saejax.train.loss:LossConfig",
     "Optimizer": "saejax.train.optim:OptimizerConfig",
     "Train": "saejax.train.loop:TrainConfig",
+    "TopK": "saejax.capacity:TopKConfig",
     "Mesh": "saejax.mesh:MeshConfig",
     "Checkpoint": "saejax.checkpoint:CheckpointConfig",
     "Evaluation": "saejax.evals.suite:EvaluationConfig",

@@ -13,42 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import mesh as mesh_lib
-from saejax.checkpoint import CheckpointConfig, Checkpoints
+from saejax import plan
+from saejax.checkpoint import Checkpoints
 from saejax.data.arrays import refuse_non_finite
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshShape
 from saejax.model import normalizer as normalizer_lib
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE, SAEConfig
+from saejax.recipe import Recipe
 from saejax.train import hooks
 from saejax.train import state as state_lib
-from saejax.train.loop import TrainConfig, Watch, run_steps
+from saejax.train.loop import Watch, run_steps
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.step import jit_step, loss_spec, make_step
+from saejax.train.step import jit_step, make_step
 from saejax.types import TrainState
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The parts of a configuration that training reads; checks that they fit each other.
-
-    Attributes:
-      sae, loss, optimizer, train, mesh, checkpoint: the configurations.
-    """
-
-    sae: SAEConfig
-    train: TrainConfig
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-
-    def __post_init__(self):
-        loss_spec(self.sae, self.loss)
-        mesh_lib.check_divisible(self.mesh, self.sae.n_latents, self.train.batch_size)
-        self.train.chunks(self.mesh.data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +107,7 @@ def fit(
       FloatingPointError: the loss is not finite.
     """
     sae, train = recipe.sae, recipe.train
-    mesh = mesh_lib.make_mesh(recipe.mesh)
+    mesh = mesh_lib.make_mesh(plan.resolve_mesh(recipe, jax.devices()))
     normalizer, sample = _measure(recipe, batches)
 
     def create() -> TrainState:
@@ -162,10 +143,11 @@ def _step(recipe: Recipe, normalizer: Normalizer, mesh: Mesh) -> Callable:
         recipe.sae,
         recipe.loss,
         recipe.optimizer,
+        recipe.topk,
         normalizer,
         mesh,
         batch_tokens=recipe.train.batch_size,
-        chunks=recipe.train.chunks(recipe.mesh.data),
+        chunks=recipe.train.chunks(mesh_lib.shape_of(mesh)),
         steps=recipe.train.steps,
     )
 
@@ -251,7 +233,7 @@ def load(path: str | pathlib.Path) -> SAE:
     sae = SAEConfig(**metadata["sae"])
     optimizer = OptimizerConfig(**metadata["optimizer"])
     abstract = state_lib.abstract_state(sae, optimizer, metadata["steps"])
-    shardings = mesh_lib.tree_shardings(mesh_lib.make_mesh(MeshConfig()), abstract)
+    shardings = mesh_lib.tree_shardings(mesh_lib.make_mesh(MeshShape()), abstract)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )

@@ -7,10 +7,10 @@ that every device is fed its own rows. One device is the 1 x 1 mesh and runs the
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,62 +30,114 @@ _REPLICATED = P()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Shape of the device mesh.
+    """The device mesh, as a configuration asks for it.
 
     Attributes:
-      data: devices along 'data'; each group sees its own tokens and holds all latents.
-      latent: devices along 'latent'; each holds n_latents / latent rows of both matrices.
+      mesh_shape: devices along ('data', 'latent'); each of the latent shards holds n_latents /
+        latent rows of both matrices, each data row all latents and its own tokens. 'auto' takes
+        every device there is, in the shape that is expected to be fastest and fits memory.
+      data_exchange: what data rows send each other: 'gradients' sums the weight gradients,
+        'codes' gathers sparse codes, inputs and residuals, from which each row makes the whole
+        gradient; 'auto' takes the one of fewer bytes. The result is the same beyond rounding.
     """
+
+    mesh_shape: tuple[int, int] | Literal["auto"] = "auto"
+    data_exchange: Literal["auto", "gradients", "codes"] = "auto"
+
+    def __post_init__(self):
+        if self.data_exchange not in ("auto", "gradients", "codes"):
+            raise ValueError(
+                f"data_exchange = {self.data_exchange!r} must be 'auto', 'gradients' or 'codes'"
+            )
+        if self.mesh_shape == "auto":
+            return
+        if min(self.mesh_shape) < 1:
+            raise ValueError(
+                f"mesh_shape = {self.mesh_shape} must be (data, latent), each at least 1, or 'auto'"
+            )
+
+    @property
+    def shape(self) -> "MeshShape | None":
+        """The shape, or None if it is left to `plan.resolve_mesh`."""
+        return None if self.mesh_shape == "auto" else MeshShape(*self.mesh_shape)
+
+
+class MeshShape(NamedTuple):
+    """Devices along 'data' and along 'latent'."""
 
     data: int = 1
     latent: int = 1
-
-    def __post_init__(self):
-        for field in ("data", "latent"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)} must be at least 1")
 
     @property
     def size(self) -> int:
         """Number of devices."""
         return self.data * self.latent
 
+    def __str__(self) -> str:
+        return f"{self.data} x {self.latent}"
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the first `config.size` devices out as ('data', 'latent').
+
+def shapes_of(n_devices: int) -> list[MeshShape]:
+    """Every shape of exactly `n_devices` devices, by ascending data axis."""
+    return [MeshShape(d, n_devices // d) for d in range(1, n_devices + 1) if n_devices % d == 0]
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays devices out as ('data', 'latent'), neighbours on the interconnect along 'latent'.
+
+    Where devices form a torus, axes are laid along its dimensions, split or joined as needed; where
+    they form several slices or hosts, 'data' runs across them.
+
+    Args:
+      shape: of the mesh.
+      devices: to use; all that JAX sees, by default. In a single process, a mesh may be smaller
+        than that, and takes the first ones.
 
     Raises:
-      ValueError: there are fewer devices than the mesh asks for.
+      ValueError: there are fewer devices than the mesh asks for, or, with several processes,
+        another number.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if len(devices) < config.size:
+    processes = len({device.process_index for device in devices})
+    if len(devices) < shape.size or (processes > 1 and len(devices) != shape.size):
+        fitting = ", ".join(f"({s.data}, {s.latent})" for s in shapes_of(len(devices)))
         raise ValueError(
-            f"Mesh.data x Mesh.latent = {config.data} x {config.latent} asks for {config.size} "
-            f"devices, but {len(devices)} are present; use a smaller mesh"
+            f"Mesh.mesh_shape = ({shape.data}, {shape.latent}) asks for {shape.size} devices, but "
+            f"{len(devices)} are present in {processes} process(es); use one of {fitting}, or "
+            f"'auto'"
         )
-    if len(devices) == config.size:
-        return jax.make_mesh(
-            (config.data, config.latent),
-            (DATA, LATENT),
-            axis_types=(jax.sharding.AxisType.Auto,) * 2,
-            devices=devices,
+    devices = devices[: shape.size]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and shape.data % slices == 0:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape.data // slices, shape.latent),
+            (slices, 1),
+            devices,
+            allow_split_physical_axes=True,
         )
-    grid = np.asarray(devices[: config.size]).reshape(config.data, config.latent)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, (DATA, LATENT))
 
 
-def check_divisible(config: MeshConfig, n_latents: int, batch_tokens: int) -> None:
+def shape_of(mesh: Mesh) -> MeshShape:
+    """The shape of a mesh of this package."""
+    return MeshShape(mesh.shape[DATA], mesh.shape[LATENT])
+
+
+def check_divisible(shape: MeshShape, n_latents: int, batch_tokens: int) -> None:
     """Raises ValueError unless latents split over 'latent' and tokens over the whole mesh."""
-    if n_latents % config.latent:
+    if n_latents % shape.latent:
         raise ValueError(
-            f"SAE.n_latents = {n_latents} is not divisible by Mesh.latent = {config.latent}; "
-            f"the next multiple is {math.ceil(n_latents / config.latent) * config.latent}"
+            f"SAE.n_latents = {n_latents} is not divisible by the {shape.latent} latent shards of "
+            f"Mesh.mesh_shape = ({shape.data}, {shape.latent}); the next multiple is "
+            f"{math.ceil(n_latents / shape.latent) * shape.latent}"
         )
-    if batch_tokens % config.size:
+    if batch_tokens % shape.size:
         raise ValueError(
-            f"Train.batch_size = {batch_tokens} is not divisible by the mesh's {config.size} "
-            f"devices; the next multiple is "
-            f"{math.ceil(batch_tokens / config.size) * config.size}"
+            f"Train.batch_size = {batch_tokens} is not divisible by the {shape.size} devices of "
+            f"Mesh.mesh_shape = ({shape.data}, {shape.latent}); the next multiple is "
+            f"{math.ceil(batch_tokens / shape.size) * shape.size}"
         )
 
 
@@ -126,7 +178,7 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def per_device(
-    fn: Callable, mesh: Mesh, in_trees: Sequence[Any], out_trees: Sequence[Any]
+    fn: Callable, mesh: Mesh, in_trees: Sequence[Any], out_trees: Sequence[Any] | str
 ) -> Callable:
     """`fn` on each device's own shards; collectives inside it name the axes DATA and LATENT.
 
@@ -135,7 +187,7 @@ def per_device(
       mesh: the mesh.
       in_trees: one entry per argument: a tree of named arrays (see `tree_specs`), a name of the
         table, "tokens" for a batch, or "replicated".
-      out_trees: the same for the outputs.
+      out_trees: the same for the outputs, or one entry for a single output.
     """
 
     def specs(tree):
@@ -148,6 +200,8 @@ def per_device(
         fn,
         mesh=mesh,
         in_specs=tuple(specs(tree) for tree in in_trees),
-        out_specs=tuple(specs(tree) for tree in out_trees),
+        out_specs=specs(out_trees)
+        if isinstance(out_trees, str)
+        else tuple(specs(tree) for tree in out_trees),
         check_vma=False,
     )

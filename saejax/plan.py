@@ -1,18 +1,55 @@
 """What a run will need, from its configuration alone: parameters, bytes per device, FLOPs."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
-from saejax.mesh import LATENT, MeshConfig, tree_specs
+from saejax import mesh as mesh_lib
+from saejax.capacity import TopKConfig
+from saejax.mesh import LATENT, MeshShape, tree_specs
 from saejax.model.sae import SAEConfig
+from saejax.recipe import Recipe
 from saejax.train import state as state_lib
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.step import loss_spec
+from saejax.train.spec import loss_spec
 
 # Projection, Adam, unit norm and EMA: arithmetic per parameter, counted from their equations.
 _OPTIMIZER_FLOPS = 30
+
+
+def resolve_mesh(recipe: Recipe, devices: Sequence[jax.Device]) -> MeshShape:
+    """The mesh of a recipe on these devices; chooses one where the recipe says 'auto'.
+
+    Raises:
+      ValueError: no shape of that many devices divides the latents and the batch.
+    """
+    if recipe.mesh.shape is not None:
+        return recipe.mesh.shape
+
+    def fits(shape: MeshShape) -> bool:
+        try:
+            recipe.check_mesh(shape)
+        except ValueError:
+            return False
+        return True
+
+    def bytes_moved(shape: MeshShape) -> float:
+        tokens = recipe.train.batch_size / shape.data * 8 * (1 - 1 / shape.latent)
+        gradients = recipe.sae.n_latents / shape.latent * 16 * (1 - 1 / shape.data)
+        return tokens + gradients
+
+    shapes = [shape for shape in mesh_lib.shapes_of(len(devices)) if fits(shape)]
+    if not shapes:
+        raise ValueError(
+            f"Mesh.mesh_shape = 'auto' finds no mesh of the {len(devices)} devices present: "
+            f"SAE.n_latents = {recipe.sae.n_latents} and Train.batch_size = "
+            f"{recipe.train.batch_size} must divide by its sides; change one, or set "
+            f"Mesh.mesh_shape = (1, 1) for one device"
+        )
+    return min(shapes, key=bytes_moved)
 
 
 def flops_per_token(sae: SAEConfig, loss: LossConfig, batch_size: int) -> dict[str, float]:
@@ -22,7 +59,7 @@ def flops_per_token(sae: SAEConfig, loss: LossConfig, batch_size: int) -> dict[s
     k rows each (Gao et al. 2024, App. D). AuxK depends on how many latents are dead: not counted.
     """
     row = 2.0 * sae.d_model
-    spec = loss_spec(sae, loss)
+    spec = loss_spec(sae, loss, TopKConfig(), 1)
     kept = sae.k + spec.k_multi
     return {
         "encoder forward": row * sae.n_latents,
@@ -37,7 +74,7 @@ def bytes_per_device(
     loss: LossConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
-    mesh: MeshConfig,
+    mesh: MeshShape,
 ) -> dict[str, int]:
     """Bytes of the resident arrays on each device, by part; estimates, not a compiled program's."""
     state = state_lib.abstract_state(sae, optimizer, train.steps)
@@ -49,7 +86,7 @@ def bytes_per_device(
         return sum(jax.tree.leaves(jax.tree.map(size, tree, tree_specs(tree))))
 
     rows = train.batch_size // mesh.data
-    block = rows // train.chunks(mesh.data)
+    block = rows // train.chunks(mesh)
     matrix = sae.n_latents // mesh.latent * sae.d_model
     return {
         "parameters": local(state.params),
@@ -66,16 +103,16 @@ def describe(
     loss: LossConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
-    mesh: MeshConfig,
+    mesh: MeshShape,
 ) -> str:
     """The plan as text for `--dry_run`."""
     lines = [
         f"mesh        data {mesh.data} x latent {mesh.latent} = {mesh.size} devices",
         f"training    {train.steps:,} steps of {train.batch_size:,} tokens "
         f"({train.steps * train.batch_size:,} tokens), "
-        f"{train.chunks(mesh.data)} microbatches a step",
+        f"{train.chunks(mesh)} microbatches a step",
         f"rate        {optimizer.resolve_learning_rate(sae.n_latents):.3g}, k_aux "
-        f"{loss_spec(sae, loss).k_aux}",
+        f"{loss_spec(sae, loss, TopKConfig(), 1).k_aux}",
         "",
         "parameters  shape (whole)             count",
     ]

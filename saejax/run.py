@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from saejax import plan
+from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.loader import LoaderConfig
 from saejax.data.synthetic import SyntheticConfig
@@ -21,9 +23,10 @@ from saejax.evals import recovery
 from saejax.evals.metrics import LatentStatistics
 from saejax.evals.rows import code_rows
 from saejax.evals.suite import EvaluationConfig, evaluate, format_table
-from saejax.fit import Fitted, Recipe, StopSignal, fit
+from saejax.fit import Fitted, StopSignal, fit
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAEConfig
+from saejax.recipe import Recipe
 from saejax.rundir import RunDirectory, write_json
 from saejax.sources import Source, StoredConfig, check_width, open_source
 from saejax.subjects.harvest import HarvestConfig
@@ -50,7 +53,7 @@ class Experiment:
       data: where activations come from: harvested, stored before, or synthetic.
       sae: the autoencoder.
       train: length and batching.
-      loss, optimizer, mesh, loader, checkpoint: see there.
+      loss, optimizer, topk, mesh, loader, checkpoint: see there.
       evaluation: held-out figures; None stops after training.
       report: the HTML page; None leaves it out.
     """
@@ -60,6 +63,7 @@ class Experiment:
     train: TrainConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    topk: TopKConfig = TopKConfig()
     mesh: MeshConfig = MeshConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -83,13 +87,15 @@ class Experiment:
             train=self.train,
             loss=self.loss,
             optimizer=self.optimizer,
+            topk=self.topk,
             mesh=self.mesh,
             checkpoint=self.checkpoint,
         )
 
     def plan(self) -> str:
         """Shapes, parameters, bytes per device and FLOPs per token, for `--dry_run`."""
-        return plan.describe(self.sae, self.loss, self.optimizer, self.train, self.mesh)
+        shape = plan.resolve_mesh(self.recipe(), jax.devices())
+        return plan.describe(self.sae, self.loss, self.optimizer, self.train, shape)
 
     def run(
         self,
@@ -116,7 +122,7 @@ class Experiment:
         began = time.monotonic()
         run = RunDirectory(workdir)
         run.claim(config_json, operative_gin, argv)
-        make_mesh(self.mesh)  # too few devices: found before the harvest, not after it
+        make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))  # too few devices: found before the harvest, not after it
         source = open_source(
             self.data, self.sae, self.loader, self.train.batch_size, run.activations
         )

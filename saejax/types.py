@@ -64,6 +64,10 @@ class StepMetrics:
       dead: latents dead after this batch was counted.
       auxk: normalised AuxK loss; 0 when nothing is dead.
       auxk_skipped: 1 if the AuxK term had no finite value and was replaced by 0.
+      at_capacity: (token, latent shard) pairs where the shard offered all it may to the global
+        top-k, all were kept, and it had more; 0 proves that the selection was exact.
+      multi_at_capacity, auxk_at_capacity: the same for Multi-TopK and AuxK.
+      token_shard_pairs: number of pairs, to divide by.
       grad_norm: global norm of the gradient after projection, before clipping.
       learning_rate: the rate this update used.
     """
@@ -75,5 +79,9 @@ class StepMetrics:
     dead: jax.Array
     auxk: jax.Array
     auxk_skipped: jax.Array
+    at_capacity: jax.Array
+    multi_at_capacity: jax.Array
+    auxk_at_capacity: jax.Array
+    token_shard_pairs: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array

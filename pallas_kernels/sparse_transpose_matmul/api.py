@@ -17,6 +17,7 @@ def sparse_transpose_matmul(
     a_BD: jax.Array,
     n: int,
     *,
+    total_LD: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`out[l] = sum over (b, j) with indices[b, j] = l of values[b, j] * a[b]`.
@@ -26,10 +27,11 @@ def sparse_transpose_matmul(
       indices_BK: `[B, K]` integers in [0, n).
       a_BD: `[B, D]`.
       n: number of output rows (latents).
+      total_LD: `[n, D]` to add to; None is zeros.
       implementation: "xla", "reference", or None.
 
     Returns:
-      `[n, D]` in the promoted dtype.
+      `[n, D]` in the dtype of `total_LD`, or else the promoted one.
     """
     fn = dispatch.choose("sparse_transpose_matmul", implementation, _IMPLEMENTATIONS)
-    return fn(values_BK, indices_BK, a_BD, n)
+    return fn(values_BK, indices_BK, a_BD, n, total_LD)

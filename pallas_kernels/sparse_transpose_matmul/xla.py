@@ -11,14 +11,20 @@ from jax import lax
 
 
 def sparse_transpose_matmul(
-    values_BK: jax.Array, indices_BK: jax.Array, a_BD: jax.Array, n: int
+    values_BK: jax.Array,
+    indices_BK: jax.Array,
+    a_BD: jax.Array,
+    n: int,
+    total_LD: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.sparse_transpose_matmul.api.sparse_transpose_matmul`."""
-    dtype = jnp.result_type(values_BK.dtype, a_BD.dtype)
+    if total_LD is None:
+        dtype = jnp.result_type(values_BK.dtype, a_BD.dtype)
+        total_LD = jnp.zeros((n, a_BD.shape[1]), dtype)
 
     def add_one(j, total_LD):
         value_B1 = lax.dynamic_slice_in_dim(values_BK, j, 1, axis=1)
         index_B = lax.dynamic_index_in_dim(indices_BK, j, axis=1, keepdims=False)
-        return total_LD.at[index_B].add(value_B1 * a_BD)
+        return total_LD.at[index_B].add((value_B1 * a_BD).astype(total_LD.dtype))
 
-    return lax.fori_loop(0, indices_BK.shape[1], add_one, jnp.zeros((n, a_BD.shape[1]), dtype))
+    return lax.fori_loop(0, indices_BK.shape[1], add_one, total_LD)

@@ -1,9 +1,14 @@
 """Initialisation (Gao et al. 2024, App. A.1)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from saejax import collectives
+from saejax import mesh as mesh_lib
 from saejax.model import sparse
 from saejax.types import Params
 
@@ -47,47 +52,60 @@ def unit_rows(w_LD: jax.Array) -> jax.Array:
 
 
 def init_params(
-    key: jax.Array,
-    pre_bias_D: jax.Array,
-    n_latents: int,
-    k: int,
-    *,
-    parallel: bool = True,
-    match_scale: bool = True,
+    key: jax.Array, pre_bias_D: jax.Array, n_latents: int, *, parallel: bool = True
 ) -> Params:
-    """Fresh float32 parameters.
+    """Fresh float32 parameters, the encoder not yet scaled.
 
     Args:
       key: random key.
       pre_bias_D: `[D]`, the initial pre_bias (geometric median of a sample, in the paper).
       n_latents: L.
-      k: latents kept per token; enters the scale only.
       parallel: encoder rows start parallel to the decoder rows (they are never tied); otherwise
         they are drawn independently.
-      match_scale: divide the encoder by the norm of the reconstruction of unit vectors about
-        pre_bias, so that reconstructions start with the norm of their input.
 
     Returns:
-      w_enc `[L, D]`, w_dec `[L, D]` with unit rows, latent_bias `[L]` zeros, pre_bias `[D]`.
+      w_enc and w_dec `[L, D]` with unit rows, latent_bias `[L]` zeros, pre_bias `[D]`.
     """
-    d_model = pre_bias_D.shape[0]
-    key_dec, key_enc, key_probe = jax.random.split(key, 3)
-    w_dec_LD = unit_rows(jax.random.normal(key_dec, (n_latents, d_model)))
-    w_enc_LD = w_dec_LD
-    if not parallel:
-        w_enc_LD = unit_rows(jax.random.normal(key_enc, (n_latents, d_model)))
-    latent_bias_L = jnp.zeros(n_latents)
-    if match_scale:
-        probe_BD = unit_rows(jax.random.normal(key_probe, (_SCALE_PROBES, d_model)))
-        zero_D = jnp.zeros(d_model)
-        values, indices = sparse.encode_top_k(
-            probe_BD, w_enc_LD, latent_bias_L, zero_D, k, jnp.dtype("float32")
-        )
-        out_BD = sparse.decode(jax.nn.relu(values), indices, w_dec_LD, jnp.dtype("float32"))
-        w_enc_LD = w_enc_LD / jnp.linalg.norm(out_BD, axis=-1).mean()
+    key_dec, key_enc, _ = jax.random.split(key, 3)
+    shape = (n_latents, pre_bias_D.shape[0])
+    w_dec_LD = unit_rows(jax.random.normal(key_dec, shape))
+    w_enc_LD = w_dec_LD if parallel else unit_rows(jax.random.normal(key_enc, shape))
     return {
         "w_enc": w_enc_LD,
         "w_dec": w_dec_LD,
-        "latent_bias": latent_bias_L,
+        "latent_bias": jnp.zeros(n_latents),
         "pre_bias": pre_bias_D.astype(jnp.float32),
     }
+
+
+def match_scale(params: Params, key: jax.Array, k: int, mesh: Mesh) -> Params:
+    """Divides the encoder by the mean norm of the reconstructions of unit vectors about pre_bias.
+
+    So reconstructions start with the norm of their input. Each device works on its own latents.
+
+    Args:
+      params: of `init_params`, with the same key.
+      key: random key.
+      k: latents kept per token.
+      mesh: the device mesh that `params` are laid out on.
+    """
+    _, _, key_probe = jax.random.split(key, 3)
+    probe_BD = unit_rows(jax.random.normal(key_probe, (_SCALE_PROBES, len(params["pre_bias"]))))
+    measure = mesh_lib.per_device(
+        functools.partial(_reconstruction_norm, k=k),
+        mesh,
+        in_trees=("w_enc", "w_dec", "replicated"),
+        out_trees="replicated",
+    )
+    norm = measure(params["w_enc"], params["w_dec"], probe_BD)
+    return params | {"w_enc": params["w_enc"] / norm}
+
+
+def _reconstruction_norm(w_enc_LD, w_dec_LD, probe_BD, k: int) -> jax.Array:
+    h_BL = sparse.matmul(probe_BD, w_enc_LD.T)
+    values_BC, indices_BC = sparse.top_k(h_BL, min(k, h_BL.shape[1]))
+    count_B = collectives.count_kept(values_BC, k)
+    kept_BC = jnp.arange(values_BC.shape[1]) < count_B[:, None]
+    z_BC = jnp.where(kept_BC, jax.nn.relu(values_BC), 0)
+    partial_BD = sparse.dense_sparse_matmul(z_BC, indices_BC, w_dec_LD)
+    return jnp.linalg.norm(collectives.sum_over_latents(partial_BD), axis=-1).mean()

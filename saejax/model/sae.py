@@ -58,9 +58,13 @@ class SAEConfig:
     @property
     def dtype(self) -> jnp.dtype:
         """The multiplication dtype, with 'auto' resolved for the default backend."""
+        return self.dtype_on(jax.default_backend())
+
+    def dtype_on(self, platform: str) -> jnp.dtype:
+        """The multiplication dtype on devices of this platform."""
         if self.compute_dtype != "auto":
             return jnp.dtype(self.compute_dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, by name."""

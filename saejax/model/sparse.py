@@ -1,4 +1,8 @@
-"""The only door to the kernels: encode to the top k, decode from it, both with sparse gradients."""
+"""The only door to the kernels: encode to the top k, decode from it, both with sparse gradients.
+
+`encode_top_k` and `decode` are differentiable, for attribution and for losses of one's own; the
+training step takes its gradients by hand, from the plain operations (see `codes.py`).
+"""
 
 import functools
 
@@ -6,11 +10,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-import pallas_kernels
+from pallas_kernels import (
+    dense_sparse_matmul,
+    matmul_at_sparse_indices,
+    pair_list,
+    sparse_transpose_matmul,
+    top_k,
+)
+
+__all__ = [
+    "PRECISION",
+    "decode",
+    "dense_sparse_matmul",
+    "encode_top_k",
+    "matmul",
+    "matmul_at_sparse_indices",
+    "of_centred",
+    "pair_list",
+    "pre_activations",
+    "sparse_transpose_matmul",
+    "top_k",
+]
 
 # Accelerators round float32 operands of a product unless told not to, and selection on rounded
 # sums picks wrong latents. bfloat16 operands are exact either way.
 PRECISION = lax.Precision.HIGHEST
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` of one dtype, accumulated in float32 or wider."""
+    accumulate = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.matmul(a, b, precision=PRECISION, preferred_element_type=accumulate)
 
 
 def pre_activations(
@@ -20,21 +50,12 @@ def pre_activations(
 
     Returns `[B, L]`. Selection reads these sums before any rounding back to `dtype`.
     """
-    centred_BD = (x_BD - pre_bias_D).astype(dtype)
-    accumulate = jnp.promote_types(dtype, jnp.float32)
-    h_BL = lax.dot_general(
-        centred_BD,
-        w_enc_LD.astype(dtype),
-        (((1,), (1,)), ((), ())),
-        precision=PRECISION,
-        preferred_element_type=accumulate,
-    )
-    return h_BL + latent_bias_L
+    return of_centred((x_BD - pre_bias_D).astype(dtype), w_enc_LD.astype(dtype), latent_bias_L)
 
 
-def top_k(h_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Values and indices `[B, k]` of each row's k largest entries; ties to the lowest index."""
-    return pallas_kernels.top_k(h_BL, k)
+def of_centred(centred_BD: jax.Array, w_enc_LD: jax.Array, latent_bias_L: jax.Array) -> jax.Array:
+    """Pre-activations of inputs from which pre_bias was subtracted; operands of one dtype."""
+    return matmul(centred_BD, w_enc_LD.T) + latent_bias_L
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -75,14 +96,14 @@ def _encode_backward(k, dtype, residuals, cotangents):
     x_BD, w_enc_LD, latent_bias_L, pre_bias_D, indices_BK = residuals
     d_values_BK, _ = cotangents
     n_latents = w_enc_LD.shape[0]
-    d_w_LD = pallas_kernels.sparse_transpose_matmul(
+    d_w_LD = sparse_transpose_matmul(
         d_values_BK, indices_BK, x_BD - pre_bias_D, n_latents
     )
     d_bias_L = jnp.zeros(n_latents, d_values_BK.dtype)
     d_bias_L = d_bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
     d_pre_D = -jnp.matmul(d_bias_L, w_enc_LD, precision=PRECISION)
     # Needed by attribution, not by training: there the compiler drops it.
-    d_x_BD = pallas_kernels.dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)
+    d_x_BD = dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)
     return (
         d_x_BD.astype(x_BD.dtype),
         d_w_LD.astype(w_enc_LD.dtype),
@@ -103,7 +124,7 @@ def decode(
     Rows are read in `dtype` and accumulated in float32 or wider; gradients reach the master
     weights unrounded.
     """
-    return pallas_kernels.dense_sparse_matmul(values_BK, indices_BK, w_dec_LD.astype(dtype))
+    return dense_sparse_matmul(values_BK, indices_BK, w_dec_LD.astype(dtype))
 
 
 def _decode_forward(values_BK, indices_BK, w_dec_LD, dtype):
@@ -112,10 +133,10 @@ def _decode_forward(values_BK, indices_BK, w_dec_LD, dtype):
 
 def _decode_backward(dtype, residuals, d_out_BD):
     values_BK, indices_BK, w_dec_LD = residuals
-    d_values_BK = pallas_kernels.matmul_at_sparse_indices(
+    d_values_BK = matmul_at_sparse_indices(
         d_out_BD, w_dec_LD.astype(dtype), indices_BK
     )
-    d_w_LD = pallas_kernels.sparse_transpose_matmul(
+    d_w_LD = sparse_transpose_matmul(
         values_BK, indices_BK, d_out_BD, w_dec_LD.shape[0]
     )
     return d_values_BK.astype(values_BK.dtype), None, d_w_LD

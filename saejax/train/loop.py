@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from saejax.mesh import MeshShape
 from saejax.train import hooks
 from saejax.types import TrainState
 
@@ -52,22 +53,27 @@ class TrainConfig:
         """Steps of training."""
         return self.tokens // self.batch_size
 
-    def chunks(self, data_rows: int) -> int:
-        """Microbatches per step on each of `data_rows` rows of the mesh.
+    def chunks(self, shape: MeshShape) -> int:
+        """Microbatches per step on each data row of a mesh.
+
+        Every device feeds the same number of tokens to each of them.
 
         Raises:
-          ValueError: the microbatch does not divide a row's share of the batch.
+          ValueError: the microbatch does not divide a row's share of the batch, or its tokens do
+            not split over the latent shards.
         """
-        share = self.batch_size // data_rows
         if self.microbatch_size is None:
             return 1
-        if share % self.microbatch_size:
-            fits = max(size for size in range(1, self.microbatch_size) if share % size == 0)
+        share, size = self.batch_size // shape.data, self.microbatch_size
+        if share % size or size % shape.latent:
+            fitting = [s for s in range(shape.latent, share + 1, shape.latent) if share % s == 0]
+            near = max((s for s in fitting if s <= size), default=fitting[0])
             raise ValueError(
-                f"Train.microbatch_size = {self.microbatch_size} must divide batch_size / "
-                f"Mesh.data = {share}; the next smaller one that does is {fits}"
+                f"Train.microbatch_size = {size} must divide batch_size / data = {share} and be a "
+                f"multiple of the {shape.latent} latent shards of Mesh.mesh_shape = "
+                f"({shape.data}, {shape.latent}); {near} does, for one"
             )
-        return share // self.microbatch_size
+        return share // size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

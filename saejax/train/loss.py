@@ -1,4 +1,4 @@
-"""The loss, term by term, as local functions of one shard's parameters and a block of tokens.
+"""The loss, term by term, with its gradients, on the shards of one device.
 
 With e = x - x_hat, all in the normalised space (Gao et al. 2024, sec. 2, 5.3 and App. A):
 
@@ -9,6 +9,11 @@ where e is detached in L_aux and e_hat = W_dec z_aux, z_aux the k_aux strongest 
 pre_bias: e has none). `variance` is a constant of the dataset; L_aux is normalised per batch,
 because e shrinks as training goes on. L_aux is 0 when nothing is dead, and replaced by 0 when it
 is not finite.
+
+Gradients are taken by hand: every term is a sparse reconstruction of some target, and what it adds
+to the gradients is two sparse outer products, put straight into the sums that the step carries. So
+no gradient of the size of the weights exists per microbatch. The gradient of pre_bias through the
+encoder is W_enc^T times that of the latent bias, taken once a step.
 """
 
 import dataclasses
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 
 from saejax import collectives
 from saejax.model import sparse
+from saejax.model.codes import Code, DenseCode, make_code
 from saejax.types import Params
 
 
@@ -62,34 +68,60 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """One global top-k.
+
+    Attributes:
+      k: latents kept per token over all shards.
+      capacity: candidates that each shard offers at most.
+    """
+
+    k: int
+    capacity: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """What the loss functions need to know of the configuration; static under jit.
 
     Attributes:
-      k: latents kept per token; k_aux, k_multi: see `LossConfig` (k_multi is 0 when off).
-      multi_coefficient: weight of the k_multi reconstruction.
+      main, multi, aux: the selections of the reconstruction, of Multi-TopK (None when off) and of
+        AuxK.
+      multi_coefficient: weight of the Multi-TopK reconstruction.
       auxk_coefficient: weight of the AuxK loss.
       dead_tokens: see `LossConfig`.
       relu: ReLU after TopK.
       dtype: of the multiplications.
+      exchange: see `TopKConfig`.
+      dense_below: see `codes.dense_below`.
+      gather_codes: gather codes, inputs and residuals over 'data', so that every replica makes the
+        whole weight gradient, rather than summing gradients over 'data'.
     """
 
-    k: int
-    k_aux: int
-    k_multi: int
+    main: Selection
+    multi: Selection | None
+    aux: Selection
     multi_coefficient: float
     auxk_coefficient: float
     dead_tokens: int
     relu: bool
     dtype: jnp.dtype
+    exchange: str = "all_to_all"
+    dense_below: int = 0
+    gather_codes: bool = False
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What the reconstruction loss leaves behind: residual `[B, D]` and sums of the block.
+    """What the reconstruction of a block of tokens leaves behind.
 
-    `fired` `[L]` counts, per latent of this shard, the tokens it was active on; `active` their sum.
+    Attributes:
+      residual: `[b, D]`, of this device's own rows.
+      squared_error, multi_squared_error: sums over its own rows.
+      fired: `[L]` bool, latents of this shard active on any token of the block.
+      active: (token, latent) pairs of this shard that are active.
+      cut, multi_cut: tokens on which this shard offered all it may and had more.
     """
 
     residual: jax.Array
@@ -97,102 +129,179 @@ class Reconstruction:
     multi_squared_error: jax.Array
     fired: jax.Array
     active: jax.Array
+    cut: jax.Array
+    multi_cut: jax.Array
 
 
-def _survivors(values_BC, indices_BC, k: int, relu: bool):
-    """This shard's part of the global top k: values (0 where not kept) and indices."""
-    n = min(k, values_BC.shape[1])
-    values_BK, indices_BK = values_BC[:, :n], indices_BC[:, :n]
-    kept_BK = collectives.keep_global_top_k(jax.lax.stop_gradient(values_BK), k)
-    values_BK = jnp.where(kept_BK, values_BK, 0)
-    return (jax.nn.relu(values_BK) if relu else values_BK), indices_BK
-
-
-def reconstruction_loss(
-    params: Params, x_BD: jax.Array, spec: LossSpec
-) -> tuple[jax.Array, Reconstruction]:
-    """Squared error of a block of tokens, Multi-TopK included, not yet divided by anything.
+def select(
+    h_BL: jax.Array, wanted: Selection, n_eligible: jax.Array | int, spec: LossSpec
+) -> tuple[Code, jax.Array]:
+    """This shard's part of a global top-k.
 
     Args:
-      params: this latent shard's parameters (pre_bias whole).
-      x_BD: normalised tokens of this data row.
+      h_BL: pre-activations `[B, L]` of this shard; -inf is never kept.
+      wanted: how many, and how many this shard may offer.
+      n_eligible: latents of this shard that are not -inf.
       spec: static settings.
 
     Returns:
-      The same scalar on every latent shard, and the `Reconstruction`.
+      The code, and on how many tokens this shard was at capacity: it offered all it may, all were
+      kept, and it had more. Where no shard was, the selection is the exact one.
     """
-    n_latents = params["w_enc"].shape[0]
-    candidates = min(max(spec.k, spec.k_multi), n_latents)
-    pre_bias_shared = collectives.share_over_latents(params["pre_bias"])
-    values_BC, indices_BC = sparse.encode_top_k(
-        x_BD, params["w_enc"], params["latent_bias"], pre_bias_shared, candidates, spec.dtype
+    n_latents = h_BL.shape[1]
+    if collectives.latent_shards() * n_latents <= wanted.k:
+        kept_BL = h_BL != -jnp.inf
+        on_BL = kept_BL & ~(h_BL <= 0) if spec.relu else kept_BL
+        return DenseCode(jnp.where(on_BL, h_BL, 0), on_BL), jnp.zeros((), jnp.int32)
+    candidates = sparse.top_k(h_BL, min(wanted.capacity, n_latents))
+    return _keep(*candidates, wanted, n_latents, n_eligible, spec)
+
+
+def _keep(values_BC, indices_BC, wanted: Selection, n_latents: int, n_eligible, spec: LossSpec):
+    """`select` from candidates, of which the first `wanted.capacity` count."""
+    capacity = min(wanted.capacity, values_BC.shape[1])
+    values_BC, indices_BC = values_BC[:, :capacity], indices_BC[:, :capacity]
+    count_B = collectives.count_kept(values_BC, wanted.k, spec.exchange)
+    cut = jnp.zeros((), jnp.int32)
+    if capacity < min(wanted.k, n_latents):
+        cut = ((count_B == capacity) & (n_eligible > capacity)).sum(dtype=jnp.int32)
+    code = make_code(
+        values_BC,
+        indices_BC,
+        count_B,
+        n_latents,
+        shards=collectives.latent_shards(),
+        k=wanted.k,
+        relu=spec.relu,
+        dense_below=spec.dense_below,
     )
+    return code, cut
 
-    def error(k):
-        z_BK, indices_BK = _survivors(values_BC, indices_BC, k, spec.relu)
-        partial_BD = sparse.decode(z_BK, indices_BK, params["w_dec"], spec.dtype)
-        x_hat_BD = collectives.sum_over_latents(partial_BD) + params["pre_bias"]
-        return x_BD - x_hat_BD, z_BK, indices_BK
 
-    e_BD, z_BK, indices_BK = error(spec.k)
-    squared_error = jnp.square(e_BD).sum()
-    multi = jnp.zeros_like(squared_error)
-    if spec.multi_coefficient:
-        multi = jnp.square(error(spec.k_multi)[0]).sum()
-    active_BK = (z_BK != 0).astype(jnp.int32)
-    fired_L = jnp.zeros(n_latents, jnp.int32).at[indices_BK].add(active_BK)
-    return squared_error + spec.multi_coefficient * multi, Reconstruction(
-        residual=jax.lax.stop_gradient(e_BD),
-        squared_error=squared_error,
+def add_gradients(
+    total: Params,
+    code: Code,
+    e_BD: jax.Array,
+    centred_BD: jax.Array,
+    w_dec_LD: jax.Array,
+    factor: jax.Array,
+    *,
+    gather_codes: bool,
+) -> Params:
+    """Adds the gradients of `-factor / 2 * sum ||e||^2` in both matrices and the latent bias.
+
+    Args:
+      total: what to add to.
+      code: the code that reconstructed the target.
+      e_BD: target minus reconstruction, of all tokens of the data row.
+      centred_BD: the encoder's input, of the same tokens.
+      w_dec_LD: decoder rows, in the compute dtype.
+      factor: derivative of the loss with respect to the reconstruction, per unit of e.
+      gather_codes: see `LossSpec`.
+    """
+    d_values = factor * code.value_gradients(e_BD, w_dec_LD)
+
+    def add(total, part):
+        code, d_values, e_BD, centred_BD = part
+        return total | {
+            "w_dec": code.add_outer(total["w_dec"], factor * code.values, e_BD),
+            "w_enc": code.add_outer(total["w_enc"], d_values, centred_BD),
+            "latent_bias": code.add_to_latents(total["latent_bias"], d_values),
+        }
+
+    part = (code, d_values, e_BD, centred_BD)
+    if not gather_codes:
+        return add(total, part)
+    parts = collectives.gather_over_data(part)
+    return jax.lax.scan(lambda total, part: (add(total, part), None), total, parts)[0]
+
+
+def add_reconstruction(
+    total: Params, weights: Params, x_bD: jax.Array, scale: jax.Array, spec: LossSpec
+) -> tuple[Params, Reconstruction]:
+    """Reconstructs a block of tokens, Multi-TopK included, and adds its gradients to `total`.
+
+    Args:
+      total: gradients so far; pre_bias holds the decoder's part, of this device's own rows.
+      weights: this latent shard's matrices in the compute dtype, and the biases.
+      x_bD: normalised tokens, this device's own rows.
+      scale: factor of the squared error in the loss.
+      spec: static settings.
+    """
+    centred_bD = x_bD - weights["pre_bias"]
+    centred_BD = collectives.gather_tokens(centred_bD.astype(spec.dtype))
+    h_BL = sparse.of_centred(centred_BD, weights["w_enc"], weights["latent_bias"])
+    n_latents = h_BL.shape[1]
+    offered = max(s.capacity for s in (spec.main, spec.multi) if s is not None)
+    values_BC, indices_BC = sparse.top_k(h_BL, min(offered, n_latents))
+
+    def term(total, wanted: Selection, coefficient: float):
+        code, cut = _keep(values_BC, indices_BC, wanted, n_latents, n_latents, spec)
+        e_bD = centred_bD - collectives.sum_tokens(code.decode(weights["w_dec"]))
+        e_BD = collectives.gather_residual(e_bD.astype(spec.dtype))
+        factor = -2 * coefficient * scale
+        total = add_gradients(
+            total,
+            code,
+            e_BD,
+            centred_BD,
+            weights["w_dec"],
+            factor,
+            gather_codes=spec.gather_codes,
+        )
+        total = total | {"pre_bias": total["pre_bias"] + factor * e_bD.sum(0)}
+        return total, code, e_bD, cut
+
+    total, code, e_bD, cut = term(total, spec.main, 1.0)
+    multi, multi_cut = jnp.zeros((), e_bD.dtype), jnp.zeros((), jnp.int32)
+    if spec.multi is not None:
+        with jax.named_scope("multi"):
+            total, _, wide_bD, multi_cut = term(total, spec.multi, spec.multi_coefficient)
+            multi = jnp.square(wide_bD).sum()
+    on = (code.values != 0).astype(jnp.int32)
+    return total, Reconstruction(
+        residual=e_bD,
+        squared_error=jnp.square(e_bD).sum(),
         multi_squared_error=multi,
-        fired=fired_L,
-        active=active_BK.sum(),
+        fired=code.add_to_latents(jnp.zeros(n_latents, jnp.int32), on) > 0,
+        active=on.sum(dtype=jnp.int32),
+        cut=cut,
+        multi_cut=multi_cut,
     )
 
 
-def auxk_error(
-    dead: Params, alive_C: jax.Array, x_BD: jax.Array, e_BD: jax.Array, spec: LossSpec
-) -> jax.Array:
-    """`sum ||e - e_hat||^2` of a block, e_hat from the k_aux strongest dead latents per token.
+def add_auxk(
+    total: Params,
+    dead: Params,
+    alive_C: jax.Array,
+    x_bD: jax.Array,
+    e_bD: jax.Array,
+    scale: jax.Array,
+    spec: LossSpec,
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Reconstructs the residuals of a block from dead latents and adds the gradients to `total`.
 
-    The dead latents were gathered into a dense block first, so that nothing here grows with the
-    number of latents.
+    The dead latents were gathered into a block of C rows first, so that nothing here grows with
+    the number of latents.
 
     Args:
-      dead: parameters of C latents, all dead ones of this shard among them, and pre_bias.
-      alive_C: True where row C is padding.
-      x_BD: normalised tokens; e_BD: their residuals, a constant.
+      total: gradients of the block's rows so far.
+      dead: weights of C latents, all dead ones of this shard among them, and pre_bias.
+      alive_C: True where row C is not a dead latent.
+      x_bD: normalised tokens, own rows; e_bD: their residuals, a constant.
+      scale: factor of the squared error in the loss.
       spec: static settings.
 
     Returns:
-      The same scalar on every latent shard.
+      The gradients, `sum ||e - e_hat||^2` over own rows, and the tokens at capacity (see `select`).
     """
-    pre_bias_shared = collectives.share_over_latents(dead["pre_bias"])
-    h_BC = sparse.pre_activations(
-        x_BD, dead["w_enc"], dead["latent_bias"], pre_bias_shared, spec.dtype
-    )
+    centred_BD = collectives.gather_tokens((x_bD - dead["pre_bias"]).astype(spec.dtype))
+    h_BC = sparse.of_centred(centred_BD, dead["w_enc"], dead["latent_bias"])
     h_BC = jnp.where(alive_C, -jnp.inf, h_BC)
-    kept_BC = _keep_dead(jax.lax.stop_gradient(h_BC), spec.k_aux)
-    # Zero the rest before ReLU: the gradient of a masked -inf would be NaN.
-    z_BC = jnp.where(kept_BC, h_BC, 0)
-    z_BC = jax.nn.relu(z_BC) if spec.relu else z_BC
-    accumulate = jnp.promote_types(spec.dtype, jnp.float32)
-    partial_BD = jax.lax.dot_general(
-        z_BC.astype(spec.dtype),
-        dead["w_dec"].astype(spec.dtype),
-        (((1,), (0,)), ((), ())),
-        precision=sparse.PRECISION,
-        preferred_element_type=accumulate,
+    code, cut = select(h_BC, spec.aux, (~alive_C).sum(), spec)
+    rest_bD = e_bD - collectives.sum_tokens(code.decode(dead["w_dec"]))
+    rest_BD = collectives.gather_residual(rest_bD.astype(spec.dtype))
+    total = add_gradients(
+        total, code, rest_BD, centred_BD, dead["w_dec"], -2 * scale, gather_codes=False
     )
-    return jnp.square(e_BD - collectives.sum_over_latents(partial_BD)).sum()
-
-
-def _keep_dead(h_BC: jax.Array, k_aux: int) -> jax.Array:
-    """Which pre-activations are among the k_aux largest of all shards; -inf never is."""
-    eligible_BC = h_BC != -jnp.inf
-    if collectives.latent_shards() * h_BC.shape[1] <= k_aux:
-        return eligible_BC
-    values_BK, indices_BK = sparse.top_k(h_BC, min(k_aux, h_BC.shape[1]))
-    kept_BK = collectives.keep_global_top_k(values_BK, k_aux)
-    rows_B1 = jnp.arange(h_BC.shape[0])[:, None]
-    return eligible_BC & jnp.zeros(h_BC.shape, bool).at[rows_B1, indices_BK].set(kept_BK)
+    return total, jnp.square(rest_bD).sum(), cut

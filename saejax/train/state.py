@@ -1,12 +1,15 @@
 """Creation of the training state, sharded from the start, and its export as a module."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from saejax import mesh as mesh_lib
-from saejax.model.init import geometric_median, init_params
+from saejax.model.init import geometric_median, init_params, match_scale
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE, SAEConfig
 from saejax.train.optim import OptimizerConfig, corrected_ema, renormalize_decoder
@@ -46,14 +49,12 @@ def build_state(
     pre_bias_D: jax.Array,
     variance: jax.Array,
 ) -> TrainState:
-    """A fresh state as a pure function; `create` jits it with its shardings."""
+    """A fresh state as a pure function, its encoder not yet scaled; `create` lays it out."""
     params = init_params(
         key,
         pre_bias_D,
         config.n_latents,
-        config.k,
         parallel=config.parallel_init,
-        match_scale=config.match_encoder_scale,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
     return TrainState(
@@ -75,6 +76,23 @@ def abstract_state(config: SAEConfig, optimizer: OptimizerConfig, steps: int) ->
     )
 
 
+def creator(
+    config: SAEConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh
+) -> Callable[[jax.Array, jax.Array, jax.Array], TrainState]:
+    """The function `(key, pre_bias, variance) -> state` that `create` compiles."""
+
+    def build(key, pre_bias_D, variance):
+        state = build_state(key, config, optimizer, steps, pre_bias_D, variance)
+        if not config.match_encoder_scale:
+            return state
+        # Each device draws its own rows alone; nothing else would make it hold all of them.
+        split = mesh_lib.tree_shardings(mesh, state.params)
+        params = jax.lax.with_sharding_constraint(state.params, split)
+        return dataclasses.replace(state, params=match_scale(params, key, config.k, mesh))
+
+    return build
+
+
 def create(
     seed: int,
     config: SAEConfig,
@@ -94,13 +112,8 @@ def create(
       mesh: the device mesh.
     """
     shardings = mesh_lib.tree_shardings(mesh, abstract_state(config, optimizer, steps))
-    build = jax.jit(
-        lambda key, pre_bias, variance: build_state(
-            key, config, optimizer, steps, pre_bias, variance
-        ),
-        out_shardings=shardings,
-    )
     pre_bias = initial_pre_bias(config.pre_bias_init, sample_ND)
+    build = jax.jit(creator(config, optimizer, steps, mesh), out_shardings=shardings)
     return build(
         jax.random.key(seed),
         np.asarray(pre_bias, np.float32),

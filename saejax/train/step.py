@@ -11,64 +11,18 @@ from jax.sharding import Mesh
 
 from saejax import collectives
 from saejax import mesh as mesh_lib
+from saejax.capacity import TopKConfig
+from saejax.model import sparse
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train import optim
-from saejax.train.loss import LossConfig, LossSpec, auxk_error, reconstruction_loss
+from saejax.train.loss import LossConfig, add_auxk, add_reconstruction
+from saejax.train.spec import StepSpec, step_spec
 from saejax.types import Params, StepMetrics, TrainState
 
 # Dead latents are gathered into a block of the first capacity that holds them.
 _AUXK_CAPACITY_GROWTH = 8
 _COUNTER_LIMIT = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepSpec:
-    """Static settings of the step.
-
-    Attributes:
-      loss: of the loss functions.
-      normalizer: applied to the raw activations.
-      batch_tokens: tokens per step over the whole mesh.
-      chunks: blocks that each data row's tokens are processed in; the result does not depend on
-        it beyond rounding.
-    """
-
-    loss: LossSpec
-    normalizer: Normalizer
-    batch_tokens: int
-    chunks: int
-
-
-def loss_spec(sae: SAEConfig, loss: LossConfig) -> LossSpec:
-    """Resolves the loss settings for a model.
-
-    Raises:
-      ValueError: k_aux or the Multi-TopK k exceeds the number of latents.
-    """
-    k_aux = loss.resolve_k_aux(sae.d_model, sae.n_latents)
-    if k_aux > sae.n_latents:
-        raise ValueError(
-            f"Loss.k_aux = {k_aux} must not exceed SAE.n_latents = {sae.n_latents}; lower it, or "
-            f"leave it None for a power of two near d_model / 2"
-        )
-    k_multi = sae.k * loss.multi_topk_factor if loss.multi_topk_coefficient else 0
-    if k_multi > sae.n_latents:
-        raise ValueError(
-            f"Loss.multi_topk_factor = {loss.multi_topk_factor} times SAE.k = {sae.k} exceeds "
-            f"SAE.n_latents = {sae.n_latents}; lower one of them or set "
-            f"Loss.multi_topk_coefficient = 0"
-        )
-    return LossSpec(
-        k=sae.k,
-        k_aux=k_aux,
-        k_multi=k_multi,
-        multi_coefficient=loss.multi_topk_coefficient,
-        auxk_coefficient=loss.auxk_coefficient,
-        dead_tokens=loss.dead_tokens,
-        relu=sae.relu,
-        dtype=sae.dtype,
-    )
 
 
 def _auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
@@ -80,56 +34,65 @@ def _auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
     return [*sizes, n_latents]
 
 
-def _accumulate(fn: Callable, params: Params, *chunked: jax.Array):
-    """Sums gradients of a scalar `fn(params, *chunk) -> (loss, aux)` over leading chunks.
+def _compute_weights(params: Params, dtype: jnp.dtype) -> Params:
+    """The matrices in the compute dtype, once a step."""
+    return params | {name: params[name].astype(dtype) for name in ("w_enc", "w_dec")}
 
-    Returns the summed gradient, the summed loss, and the stacked aux.
+
+def _auxk_gradients(capacity, params, weights, dead_L, x_NbD, e_NbD, scale, spec: StepSpec):
+    """Gradients of the AuxK loss, its dead latents gathered into a block of `capacity` rows.
+
+    Returns gradients of the block's rows, the rows' latents (L where unused), the squared error
+    and the tokens at capacity, summed over this device's rows.
     """
-    grad_fn = jax.value_and_grad(fn, has_aux=True)
+    n_latents = dead_L.shape[0]
+    if capacity == n_latents:
+        rows_C, alive_C, block = jnp.arange(n_latents), ~dead_L, weights
+    else:
+        (rows_C,) = jnp.nonzero(dead_L, size=capacity, fill_value=n_latents)
+        alive_C = rows_C == n_latents
+        block = {name: weights[name][rows_C] for name in ("w_enc", "w_dec", "latent_bias")}
+        block["pre_bias"] = weights["pre_bias"]
 
     def one(total, chunk):
-        (loss, aux), gradient = grad_fn(params, *chunk)
-        return jax.tree.map(jnp.add, total, (gradient, loss)), aux
+        total, error, cut = add_auxk(total, block, alive_C, *chunk, scale, spec.loss)
+        return total, (error, cut)
 
-    loss_dtype = chunked[0].dtype
-    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), loss_dtype))
-    (gradient, loss), aux = jax.lax.scan(one, zero, chunked)
-    return gradient, loss, aux
+    zero = {
+        name: jnp.zeros(block[name].shape, params[name].dtype)
+        for name in ("w_enc", "w_dec", "latent_bias")
+    }
+    total, (errors, cuts) = jax.lax.scan(one, zero, (x_NbD, e_NbD))
+    return total, rows_C, errors.sum(), cuts.sum(dtype=jnp.int32)
 
 
-def _add_auxk(capacity, gradients, params, dead_L, x_NBD, e_NBD, spec: StepSpec):
-    """Adds the AuxK gradient, its dead latents gathered into a block of `capacity` rows.
+def _add_auxk(capacity, gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
+    """Adds the AuxK gradient.
 
-    Returns the gradients, the normalised AuxK loss, and 1 if it was not finite and left out.
+    Returns the gradients, the normalised AuxK loss, 1 if it was not finite and left out, and the
+    tokens at capacity.
     """
-    zero = jnp.zeros((), e_NBD.dtype)
+    none = jnp.zeros((), jnp.int32)
     if capacity == 0:
-        return gradients, zero, jnp.zeros((), jnp.int32)
-    n_latents = dead_L.shape[0]
-    (rows_C,) = jnp.nonzero(dead_L, size=capacity, fill_value=n_latents)
-    block = {name: params[name][rows_C] for name in ("w_enc", "w_dec", "latent_bias")}
-    block["pre_bias"] = params["pre_bias"]
-
-    def error(block, x_BD, e_BD):
-        return auxk_error(block, rows_C == n_latents, x_BD, e_BD, spec.loss), None
-
-    block_gradient, error_sum, _ = _accumulate(error, block, x_NBD, e_NBD)
-    mean_D = collectives.reduce_over_data(e_NBD.sum((0, 1))) / spec.batch_tokens
-    spread = collectives.reduce_over_data(jnp.square(e_NBD - mean_D).sum())
-    auxk = collectives.reduce_over_data(error_sum) / spread
+        return gradients, jnp.zeros((), e_NbD.dtype), none, none
+    mean_D = collectives.sum_over_mesh(e_NbD.sum((0, 1))) / spec.batch_tokens
+    spread = collectives.sum_over_mesh(jnp.square(e_NbD - mean_D).sum())
+    update, rows_C, error, cut = _auxk_gradients(
+        capacity, params, weights, dead_L, x_NbD, e_NbD, 1 / spread, spec
+    )
+    auxk = collectives.sum_over_mesh(error) / spread
     # A residual that is the same for every token spreads by rounding alone: not a scale.
     rounding = jnp.square(4 * jnp.finfo(spread.dtype).eps * mean_D).sum() * spec.batch_tokens
     finite = jnp.isfinite(auxk) & (spread > rounding)
-
-    def add(total, update, rows=None):
-        update = jnp.where(finite, update * (spec.loss.auxk_coefficient / spread), 0)
-        return total + update if rows is None else total.at[rows].add(update, mode="drop")
-
-    gradients = {
-        name: add(gradients[name], block_gradient[name], None if name == "pre_bias" else rows_C)
-        for name in gradients
-    }
-    return gradients, jnp.where(finite, auxk, 0), 1 - finite.astype(jnp.int32)
+    if spec.loss.gather_codes:
+        update = collectives.reduce_over_data(update)
+    whole = capacity == dead_L.shape[0]
+    for name, rows in update.items():
+        rows = jnp.where(finite, rows * spec.loss.auxk_coefficient, 0)
+        total = gradients[name]
+        total = total + rows if whole else total.at[rows_C].add(rows, mode="drop")
+        gradients = gradients | {name: total}
+    return gradients, jnp.where(finite, auxk, 0), 1 - finite.astype(jnp.int32), cut
 
 
 def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
@@ -145,41 +108,60 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
     Returns:
       (gradients, tokens since fired, dict of global sums).
     """
-    x_BD, _, _ = spec.normalizer.apply(collectives.gather_tokens(x_bD))
-    x_NBD = x_BD.reshape(spec.chunks, -1, x_BD.shape[-1])
-
-    def error(params, x_BD):
-        return reconstruction_loss(params, x_BD, spec.loss)
-
-    gradients, _, seen = _accumulate(error, params, x_NBD)
+    x_bD, _, _ = spec.normalizer.apply(x_bD)
+    x_NbD = x_bD.reshape(spec.chunks, -1, x_bD.shape[-1])
+    weights = _compute_weights(params, spec.loss.dtype)
     scale = 1 / (spec.batch_tokens * variance)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
 
-    fired_L = collectives.any_over_data(seen.fired.sum(0) > 0)
+    def one(total, x_bD):
+        return add_reconstruction(total, weights, x_bD, scale, spec.loss)
+
+    gradients, seen = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), x_NbD)
+
+    fired_L = collectives.any_over_data(seen.fired.any(0))
     since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, _COUNTER_LIMIT) + spec.batch_tokens)
     dead_L = since_L >= spec.loss.dead_tokens
     n_dead = dead_L.sum(dtype=jnp.int32)
-    auxk, skipped = jnp.zeros((), x_BD.dtype), jnp.zeros((), jnp.int32)
+    auxk, skipped = jnp.zeros((), x_bD.dtype), jnp.zeros((), jnp.int32)
+    auxk_cut = jnp.zeros((), jnp.int32)
     if spec.loss.auxk_coefficient:
-        capacities = _auxk_capacities(spec.loss.k_aux, dead_L.shape[0])
+        capacities = _auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
         # The same branch everywhere: the branches talk to each other.
         most_dead = collectives.largest_over_latents(n_dead)
         branch = sum((most_dead > size).astype(jnp.int32) for size in capacities[:-1])
         branches = [
-            lambda g, size=size: _add_auxk(size, g, params, dead_L, x_NBD, seen.residual, spec)
+            lambda g, size=size: _add_auxk(
+                size, g, params, weights, dead_L, x_NbD, seen.residual, spec
+            )
             for size in capacities
         ]
-        gradients, auxk, skipped = jax.lax.switch(branch, branches, gradients)
+        with jax.named_scope("auxk"):
+            gradients, auxk, skipped, auxk_cut = jax.lax.switch(branch, branches, gradients)
 
-    sums = collectives.reduce_over_data(
-        {
-            "squared_error": seen.squared_error.sum(),
-            "multi_squared_error": seen.multi_squared_error.sum(),
-            "active": collectives.reduce_over_latents(seen.active.sum()),
-        }
-    )
-    sums |= {"dead": collectives.reduce_over_latents(n_dead), "auxk": auxk, "skipped": skipped}
-    return collectives.reduce_over_data(gradients), since_L, sums
+    if not spec.loss.gather_codes:
+        of_latents = {name: gradients[name] for name in ("w_enc", "w_dec", "latent_bias")}
+        gradients = gradients | collectives.reduce_over_data(of_latents)
+    # Summed over the batch before it meets the encoder (Gao et al. 2024, App. D).
+    through_encoder_D = -sparse.matmul(gradients["latent_bias"], params["w_enc"])
+    shared = through_encoder_D / collectives.data_rows() + gradients["pre_bias"]
+    gradients = gradients | {"pre_bias": collectives.sum_over_mesh(shared)}
+    counts = (seen.active.sum(), seen.cut.sum(), seen.multi_cut.sum(), auxk_cut)
+    counts = jnp.stack([count.astype(jnp.int32) for count in counts])
+    active, cut, multi_cut, auxk_cut = collectives.sum_over_mesh(counts)
+    errors = jnp.stack([seen.squared_error.sum(), seen.multi_squared_error.sum()])
+    squared_error, multi_squared_error = collectives.sum_over_mesh(errors)
+    sums = {
+        "squared_error": squared_error,
+        "multi_squared_error": multi_squared_error,
+        "active": active,
+        "dead": collectives.sum_over_latents(n_dead),
+        "auxk": auxk,
+        "skipped": skipped,
+        "cut": cut,
+        "multi_cut": multi_cut,
+        "auxk_cut": auxk_cut,
+    }
+    return gradients, since_L, sums
 
 
 def apply_gradients(
@@ -194,7 +176,8 @@ def apply_gradients(
         gradients = gradients | {"latent_bias": jnp.zeros_like(gradients["latent_bias"])}
     if optimizer.project_decoder_gradient:
         gradients = optim.project_decoder_gradient(gradients, state.params)
-    grad_norm = optax.tree.norm(gradients)
+    with jax.named_scope("gradient norm"):
+        grad_norm = optax.tree.norm(gradients)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if optimizer.unit_norm_decoder:
@@ -212,20 +195,40 @@ def make_step(
     sae: SAEConfig,
     loss: LossConfig,
     optimizer: optim.OptimizerConfig,
+    topk: TopKConfig,
     normalizer: Normalizer,
     mesh: Mesh,
     *,
     batch_tokens: int,
     chunks: int,
     steps: int,
+    data_exchange: str = "auto",
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]:
     """The undecorated step `(state, raw activations [B, D]) -> (state, metrics)`; see `jit_step`.
+
+    Args:
+      sae, loss, optimizer, topk: the configurations.
+      normalizer: applied to the raw activations.
+      mesh: the device mesh.
+      batch_tokens: tokens per step over the whole mesh.
+      chunks: microbatches per step.
+      steps: of the whole training, for the schedule.
+      data_exchange: see `MeshConfig`.
 
     Raises:
       ValueError: the loss settings do not fit the model.
     """
-    spec = StepSpec(
-        loss=loss_spec(sae, loss), normalizer=normalizer, batch_tokens=batch_tokens, chunks=chunks
+    shape = mesh_lib.shape_of(mesh)
+    spec = step_spec(
+        sae,
+        loss,
+        topk,
+        normalizer,
+        shape,
+        batch_tokens=batch_tokens,
+        chunks=chunks,
+        platform=mesh.devices.flat[0].platform,
+        data_exchange=data_exchange,
     )
     tx = optimizer.transformation(sae.n_latents, steps)
     rate = optimizer.schedule(sae.n_latents, steps)
@@ -251,6 +254,10 @@ def make_step(
             dead=sums["dead"],
             auxk=sums["auxk"],
             auxk_skipped=sums["skipped"],
+            at_capacity=sums["cut"],
+            multi_at_capacity=sums["multi_cut"],
+            auxk_at_capacity=sums["auxk_cut"],
+            token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.int32),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
         )

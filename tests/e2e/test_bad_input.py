@@ -163,8 +163,8 @@ def test_a_gin_file_that_is_not_utf8(command, finished, tmp_path):
             "Loss.multi_topk_coefficient = 0.1; SAE.k = 9",
             ["Loss.multi_topk_factor = 4", "SAE.k = 9", "SAE.n_latents = 32", "lower one"],
         ),
-        ("Mesh.data = 3", ["Train.batch_size = 64", "3 devices", "multiple is 66"]),
-        ("Mesh.latent = 5", ["SAE.n_latents = 32", "Mesh.latent = 5", "multiple is 35"]),
+        ("Mesh.mesh_shape = (3, 1)", ["Train.batch_size = 64", "3 devices", "multiple is 66"]),
+        ("Mesh.mesh_shape = (1, 5)", ["SAE.n_latents = 32", "mesh_shape = (1, 5)", "multiple is 35"]),
         ("Train.microbatch_size = 48", ["Train.microbatch_size = 48", "= 64", "is 32"]),
         ("Train.tokens = 63", ["tokens = 63", "batch_size = 64", "lower batch_size"]),
         ("Train.tokens = 0", ["tokens = 0", "at least 1"]),
@@ -181,8 +181,8 @@ def test_a_wrong_configuration_touches_nothing(command, finished, bindings, word
 
 
 def test_fewer_devices_than_the_mesh_are_found_before_the_harvest(command, tmp_path):
-    outcome = command("Mesh.data = 16", workdir=tmp_path / "run", base=HARVEST)
-    assert_refused(outcome, "Mesh.data x Mesh.latent = 16 x 1", "8 are present", "smaller mesh")
+    outcome = command("Mesh.mesh_shape = (16, 1)", workdir=tmp_path / "run", base=HARVEST)
+    assert_refused(outcome, "Mesh.mesh_shape = (16, 1)", "8 are present", "one of (1, 8)")
     assert names(tmp_path / "run") == CLAIM
 
 

@@ -95,7 +95,7 @@ def test_resumed_run_repeats_no_record(tmp_path):
 def test_resume_on_another_mesh_restores_exactly(tmp_path):
     run(tmp_path / "run", stop_after=5)
     before = load(tmp_path / "run")
-    done = run(tmp_path / "run", mesh=MeshConfig(data=2, latent=4))
+    done = run(tmp_path / "run", mesh=MeshConfig(mesh_shape=(2, 4)))
     assert not done.stopped
     assert len(done.sae.params["w_enc"].sharding.device_set) == 8
     assert_same_params(before, load(tmp_path / "run/checkpoints/5"))

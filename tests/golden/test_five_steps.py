@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from saejax import mesh as mesh_lib
+from saejax.capacity import TopKConfig
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
@@ -28,8 +29,7 @@ TIED = [2, 7, 18, 31]
 class Float64Config(SAEConfig):
     """The model computed in float64, which no user needs and an oracle does."""
 
-    @property
-    def dtype(self):
+    def dtype_on(self, platform):
         return jnp.dtype("float64")
 
 
@@ -153,9 +153,17 @@ def test_five_steps_equal_the_numpy_recipe(case, mesh_shape):
     loss, optimizer, recipe = CASES[case]
     config = Float64Config(d_model=D, n_latents=L, k=K)
     with jax.enable_x64(True):
-        mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=mesh_shape[0], latent=mesh_shape[1]))
+        mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape))
         step = make_step(
-            config, loss, optimizer, Normalizer(), mesh, batch_tokens=B, chunks=2, steps=STEPS
+            config,
+            loss,
+            optimizer,
+            TopKConfig(capacity_factor=None),
+            Normalizer(),
+            mesh,
+            batch_tokens=B,
+            chunks=2,
+            steps=STEPS,
         )
         state = start(optimizer)
         state = jax.device_put(state, mesh_lib.tree_shardings(mesh, state))

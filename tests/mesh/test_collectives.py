@@ -14,7 +14,7 @@ MESHES = [(1, 8), (2, 4)]
 
 
 def on_mesh(mesh_shape, fn, ins, outs):
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=mesh_shape[0], latent=mesh_shape[1]))
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape))
     return jax.jit(mesh_lib.per_device(fn, mesh, ins, outs))
 
 
@@ -27,21 +27,22 @@ def by_numpy(x, k):
 
 
 @functools.cache
-def selector(mesh_shape, k):
+def selector(mesh_shape, k, exchange):
     """Global selection among `x_LB` (one latent per row, so that the table's split applies)."""
 
     def fn(x_LB):
         x_BL = x_LB.T
         values, indices = collectives.top_k(x_BL, min(k, x_BL.shape[1]))
-        kept = collectives.keep_global_top_k(values, k)
+        count = collectives.count_kept(values, k, exchange)
+        kept = jnp.arange(values.shape[1]) < count[:, None]
         rows = jnp.arange(len(x_BL))[:, None]
         return (jnp.zeros(x_BL.shape, bool).at[rows, indices].set(kept).T,)
 
     return on_mesh(mesh_shape, fn, ("w_enc",), ("w_enc",))
 
 
-def kept_by_mesh(x, k, mesh_shape):
-    return np.asarray(selector(mesh_shape, k)(jnp.asarray(x.T))[0]).T
+def kept_by_mesh(x, k, mesh_shape, exchange="all_to_all"):
+    return np.asarray(selector(mesh_shape, k, exchange)(jnp.asarray(x.T))[0]).T
 
 
 def rows(kind, n):
@@ -67,10 +68,11 @@ KINDS = [
 @pytest.mark.parametrize("mesh_shape", MESHES)
 # (latents, k): fewer latents than k on each shard; k equal to a shard; k above; k = 1; k = all.
 @pytest.mark.parametrize("n, k", [(32, 6), (64, 8), (64, 3), (32, 1), (16, 16), (16, 15)])
-def test_selection_equals_the_unsharded_one(n, k, mesh_shape):
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
+def test_selection_equals_the_unsharded_one(n, k, mesh_shape, exchange):
     for kind in KINDS:
         x = rows(kind, n)
-        kept = kept_by_mesh(x, k, mesh_shape)
+        kept = kept_by_mesh(x, k, mesh_shape, exchange)
         np.testing.assert_array_equal(kept, by_numpy(x, k), err_msg=kind)
         assert (kept.sum(1) == k).all(), kind
 
@@ -94,35 +96,28 @@ def test_signed_zeros_tie_across_shards(mesh_shape):
     assert kept[:, 2].all()
 
 
-@pytest.mark.parametrize("mesh_shape", MESHES)
-def test_gradients_of_sum_and_share(mesh_shape):
-    """y = sum_l f_l(shared): the value is computed whole on every shard, once for the gradient."""
-    rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=(16, 5)), jnp.float32)
-    shared = jnp.asarray(rng.normal(size=5), jnp.float32)
+def test_tokens_that_do_not_divide_by_the_shards_are_gathered():
+    x = rows("few levels", 32)[:21]
+    np.testing.assert_array_equal(kept_by_mesh(x, 6, (1, 8)), by_numpy(x, 6))
 
-    def dense(w, shared):
-        return jnp.sin((jnp.tanh(w @ shared)[:, None] * w).sum(0)).sum()
 
-    def local(params):
-        def loss(params):
-            p = collectives.share_over_latents(params["pre_bias"])
-            w = params["w_enc"]
-            partial = (jnp.tanh(w @ p)[:, None] * w).sum(0)
-            return jnp.sin(collectives.sum_over_latents(partial)).sum()
+def test_a_capacity_keeps_the_best_of_what_is_offered():
+    """With one candidate a shard, ties included, the kept set is the top k of the shard maxima."""
+    capacity, k = 1, 3
 
-        value, gradient = jax.value_and_grad(loss)(params)
-        return gradient, value
+    def fn(x_LB):
+        values, _ = collectives.top_k(x_LB.T, capacity)
+        return (collectives.count_kept(values, k)[None],)
 
-    params = {"w_enc": w, "pre_bias": shared}
-    gradient, value = on_mesh(mesh_shape, local, (params,), (params, "replicated"))(params)
-    want_w, want_shared = jax.grad(dense, (0, 1))(w, shared)
-    np.testing.assert_allclose(value, dense(w, shared), rtol=1e-5)
-    np.testing.assert_allclose(gradient["w_enc"], want_w, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(gradient["pre_bias"], want_shared, rtol=1e-4, atol=1e-5)
-    # The same on every device, not only on the first.
-    for shard in gradient["pre_bias"].addressable_shards:
-        np.testing.assert_array_equal(shard.data, gradient["pre_bias"])
+    for kind in KINDS:
+        x = rows(kind, 32)
+        mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(1, 8))
+        split = mesh_lib.P(mesh_lib.LATENT, None)
+        counts = jax.jit(
+            jax.shard_map(fn, mesh=mesh, in_specs=split, out_specs=(split,), check_vma=False)
+        )(jnp.asarray(x.T))[0]
+        maxima = x.reshape(len(x), 8, 4).max(2)
+        np.testing.assert_array_equal(np.asarray(counts).T, by_numpy(maxima, k), err_msg=kind)
 
 
 @pytest.mark.parametrize("mesh_shape", [(2, 4), (8, 1), (1, 8)])
@@ -136,3 +131,15 @@ def test_tokens_are_gathered_in_order(mesh_shape):
     )
     want = np.asarray(x).reshape(mesh_shape[0], -1, 3).sum(0)
     np.testing.assert_array_equal(shares(x)[0], want)
+
+
+@pytest.mark.parametrize("mesh_shape", [(2, 4), (1, 8)])
+def test_the_sum_of_all_shards_comes_back_in_own_rows(mesh_shape):
+    x = jnp.arange(48.0).reshape(16, 3)
+
+    def fn(x_bD):
+        shard = 1.0 + jax.lax.axis_index(mesh_lib.LATENT)
+        return (collectives.sum_tokens(shard * collectives.gather_tokens(x_bD)),)
+
+    got = on_mesh(mesh_shape, fn, ("tokens",), ("tokens",))(x)[0]
+    np.testing.assert_array_equal(got, x * sum(range(1, mesh_shape[1] + 1)))

@@ -9,8 +9,9 @@ import pytest
 
 from saejax import mesh as mesh_lib
 from saejax.model.normalizer import Normalizer
-from saejax.train.loss import LossSpec
-from saejax.train.step import StepSpec, local_gradients
+from saejax.train.loss import LossSpec, Selection
+from saejax.train.spec import StepSpec
+from saejax.train.step import local_gradients
 
 D, L, K, B = 12, 64, 4, 32
 VARIANCE = 0.83
@@ -41,23 +42,23 @@ def dense_loss(params, x, dead, spec: LossSpec):
         mask = jnp.zeros(h.shape, bool).at[jnp.arange(len(h))[:, None], order].set(True)
         return jnp.where(mask & jnp.isfinite(h), jnp.maximum(h, 0), 0)
 
-    e = x - (code(spec.k, h) @ params["w_dec"] + params["pre_bias"])
+    e = x - (code(spec.main.k, h) @ params["w_dec"] + params["pre_bias"])
     total = jnp.sum(e**2)
     if spec.multi_coefficient:
-        wide = code(spec.k_multi, h) @ params["w_dec"] + params["pre_bias"]
+        wide = code(spec.multi.k, h) @ params["w_dec"] + params["pre_bias"]
         total += spec.multi_coefficient * jnp.sum((x - wide) ** 2)
     loss = total / (len(x) * VARIANCE)
     if spec.auxk_coefficient:
         e = jax.lax.stop_gradient(e)
         dead_h = jnp.where(dead[None, :], h, -jnp.inf)
-        e_hat = code(spec.k_aux, jnp.where(jnp.isfinite(dead_h), dead_h, -1e30)) @ params["w_dec"]
+        e_hat = code(spec.aux.k, jnp.where(jnp.isfinite(dead_h), dead_h, -1e30)) @ params["w_dec"]
         spread = jnp.sum((e - e.mean(0, keepdims=True)) ** 2)
         loss += spec.auxk_coefficient * jnp.sum((e - e_hat) ** 2) / spread
     return loss
 
 
 def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1):
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=mesh_shape[0], latent=mesh_shape[1]))
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape))
     step_spec = StepSpec(
         loss=spec, normalizer=Normalizer(kind="none"), batch_tokens=len(x), chunks=chunks
     )
@@ -73,9 +74,9 @@ def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1):
 
 def spec_of(auxk=0.0, multi=0.0, k_aux=16):
     return LossSpec(
-        k=K,
-        k_aux=k_aux,
-        k_multi=4 * K if multi else 0,
+        main=Selection(k=K, capacity=K),
+        multi=Selection(k=4 * K, capacity=4 * K) if multi else None,
+        aux=Selection(k=k_aux, capacity=k_aux),
         multi_coefficient=multi,
         auxk_coefficient=auxk,
         dead_tokens=500,

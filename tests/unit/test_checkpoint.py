@@ -11,7 +11,7 @@ import pytest
 from saejax import mesh as mesh_lib
 from saejax.checkpoint import CheckpointConfig, Checkpoints
 from saejax.fit import abstract_like
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshShape
 from saejax.model.sae import SAEConfig
 from saejax.train import state as state_lib
 from saejax.train.optim import OptimizerConfig
@@ -19,7 +19,7 @@ from saejax.train.optim import OptimizerConfig
 SAE = SAEConfig(d_model=8, n_latents=16, k=2)
 
 
-def make(sae=SAE, optimizer=OptimizerConfig(), mesh=MeshConfig(), step=0):
+def make(sae=SAE, optimizer=OptimizerConfig(), mesh=MeshShape(), step=0):
     sample = np.random.default_rng(0).normal(size=(64, sae.d_model))
     state = state_lib.create(0, sae, optimizer, 100, sample, mesh_lib.make_mesh(mesh))
     # Values that no initialisation has: restoring a fresh state would not pass.
@@ -62,7 +62,7 @@ def test_a_state_survives(store, state):
 
 def test_it_comes_back_in_the_layout_that_is_asked_for(store, state):
     store.save(state, {})
-    wanted = abstract_like(make(mesh=MeshConfig(data=2, latent=4)))
+    wanted = abstract_like(make(mesh=MeshShape(2, 4)))
     restored = store.restore(7, wanted)
     assert restored.params["w_dec"].sharding == wanted.params["w_dec"].sharding
     assert restored.params["w_dec"].addressable_shards[0].data.shape == (4, 8)

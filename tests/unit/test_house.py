@@ -31,14 +31,15 @@ LIBRARIES = {
 }
 
 # A part of saejax -> the parts below it, which it may import. A part may import itself.
-LOW = {"types", "mesh", "collectives"}
+LOW = {"types", "mesh", "capacity", "collectives"}
 BELOW_EVALS = LOW | {"model", "train", "data", "subjects", "checkpoint"}
 MEASURING = BELOW_EVALS | {"evals", "latents", "interop", "viewer"}
-STAGES = {"fit", "plan", "rundir", "sources"}  # what run and the notebook interface are made of
+STAGES = {"fit", "plan", "recipe", "rundir", "sources"}  # what run and the notebook interface are made of
 PARTS = {
     "schema": set(),
     "bindings": {"schema"},
     "types": set(),
+    "capacity": set(),
     "mesh": {"types"},
     "collectives": {"types", "mesh"},
     "model": LOW,
@@ -51,8 +52,9 @@ PARTS = {
     "interop": BELOW_EVALS,
     "viewer": BELOW_EVALS | {"evals", "latents"},
     "rundir": {"schema"},
-    "plan": LOW | {"model", "train"},
-    "fit": LOW | {"data", "model", "train", "checkpoint"},
+    "recipe": LOW | {"model", "train", "checkpoint"},
+    "plan": LOW | {"model", "train", "recipe"},
+    "fit": LOW | {"data", "model", "train", "checkpoint", "recipe", "plan"},
     "sources": BELOW_EVALS | {"evals", "latents"},
     "run": MEASURING | STAGES,
     "api": MEASURING | STAGES | {"run"},

@@ -5,16 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax.mesh import MeshShape, make_mesh
 from saejax.model import sparse
-from saejax.model.init import geometric_median, init_params, unit_rows
+from saejax.model.init import geometric_median, init_params, match_scale, unit_rows
 from saejax.train.state import initial_pre_bias, total_variance
 
 D, L, K = 32, 256, 8
 PRE_BIAS = np.linspace(-1, 1, D).astype(np.float32)
 
 
-def params(**options):
-    return init_params(jax.random.key(0), jnp.asarray(PRE_BIAS), L, K, **options)
+def params(scaled=True, key=0, mesh_shape=(1, 1), **options):
+    key = jax.random.key(key)
+    fresh = init_params(key, jnp.asarray(PRE_BIAS), L, **options)
+    return match_scale(fresh, key, K, make_mesh(MeshShape(*mesh_shape))) if scaled else fresh
 
 
 def reconstruction_norms(p):
@@ -50,9 +53,14 @@ def test_directions_are_uniform():
 @pytest.mark.parametrize("parallel", [True, False])
 def test_reconstructions_start_with_the_norm_of_their_input(parallel):
     matched = reconstruction_norms(params(parallel=parallel)).mean()
-    unmatched = reconstruction_norms(params(parallel=parallel, match_scale=False)).mean()
+    unmatched = reconstruction_norms(params(scaled=False, parallel=parallel)).mean()
     assert matched == pytest.approx(1, rel=0.04)
     assert abs(unmatched - 1) > 0.07, "the test must see a wrong scale"
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)])
+def test_the_scale_is_the_same_on_every_mesh(mesh_shape):
+    np.testing.assert_allclose(params(mesh_shape=mesh_shape)["w_enc"], params()["w_enc"], rtol=1e-5)
 
 
 def test_independent_encoder():
@@ -64,12 +72,12 @@ def test_independent_encoder():
 
 
 def test_without_matching_the_encoder_has_unit_rows():
-    p = params(match_scale=False)
+    p = params(scaled=False)
     np.testing.assert_allclose(p["w_enc"], p["w_dec"], rtol=1e-6)
 
 
 def test_seeds_differ():
-    other = init_params(jax.random.key(1), jnp.asarray(PRE_BIAS), L, K)
+    other = params(key=1)
     assert np.abs(other["w_dec"] - params()["w_dec"]).max() > 0.1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saejax import mesh as mesh_lib
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshShape
 from saejax.train import hooks
 from saejax.train.loop import TrainConfig, Watch, run_steps
 from saejax.types import StepMetrics, TrainState
@@ -72,7 +72,7 @@ class Recorder:
 
     def run(self, first=0, available=100) -> TrainState:
         rows = (np.full((BATCH, 3), i + 1, np.float32) for i in range(first, available))
-        sharding = mesh_lib.token_sharding(mesh_lib.make_mesh(MeshConfig()))
+        sharding = mesh_lib.token_sharding(mesh_lib.make_mesh(MeshShape()))
         return run_steps(self.step, state(first), rows, sharding, self.config, self.watch)
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from saejax import plan
-from saejax.mesh import MeshConfig
+from saejax.mesh import MeshShape
 from saejax.model.sae import SAEConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
@@ -23,7 +23,7 @@ def sizes(**changes) -> dict[str, int]:
         "loss": LossConfig(),
         "optimizer": OptimizerConfig(),
         "train": TRAIN,
-        "mesh": MeshConfig(),
+        "mesh": MeshShape(),
     }
     return plan.bytes_per_device(**parts | changes)
 
@@ -42,7 +42,7 @@ def test_bytes_on_one_device():
 
 def test_bytes_split_over_the_mesh():
     """Latents over 'latent', tokens over 'data'; pre_bias and counts are on every device."""
-    split = sizes(mesh=MeshConfig(data=2, latent=5))
+    split = sizes(mesh=MeshShape(2, 5))
     local = 2 * 200 * 10 + 200 + 10
     assert split["parameters"] == split["EMA"] == 4 * local
     assert split["optimizer"] == 2 * 4 * local + 2 * 4
@@ -66,7 +66,7 @@ def test_a_width_equal_to_the_latents_is_not_split():
     """pre_bias [D] is replicated even where D = L, by its name's rule, not its length."""
     square = SAEConfig(d_model=8, n_latents=8, k=2)
     train = TrainConfig(tokens=64, batch_size=64)
-    found = sizes(sae=square, train=train, mesh=MeshConfig(latent=4))["parameters"]
+    found = sizes(sae=square, train=train, mesh=MeshShape(1, 4))["parameters"]
     assert found == 4 * (2 * 2 * 8 + 2 + 8)
 
 
@@ -84,7 +84,7 @@ def test_flops_per_token():
 
 
 def test_the_text_has_every_total():
-    text = plan.describe(SAE, LossConfig(), OptimizerConfig(), TRAIN, MeshConfig(data=2, latent=5))
+    text = plan.describe(SAE, LossConfig(), OptimizerConfig(), TRAIN, MeshShape(2, 5))
     assert text.startswith("mesh        data 2 x latent 5 = 10 devices\n")
     assert "10 steps of 320 tokens (3,200 tokens), 1 microbatches a step" in text
     assert re.search(r"rate +0\.00081, k_aux 4\n", text)  # 2e-4 / sqrt(1000 / 2^14); near 10 / 2
@@ -96,7 +96,7 @@ def test_the_text_has_every_total():
     ):
         assert re.search(rf"^  {name} +{shape} +{count}$", text, re.MULTILINE), name
     totals = re.findall(r"^  total +(\S.*)$", text, re.MULTILINE)
-    split = sizes(mesh=MeshConfig(data=2, latent=5))
+    split = sizes(mesh=MeshShape(2, 5))
     assert totals[0] == f"{PARAMETERS:,}"
     assert totals[1] == f"{sum(split.values()) / 1024:.1f} KiB"
     assert totals[2] == f"{20_000 + 80 + 240 + 1875:,}"

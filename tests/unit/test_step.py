@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from saejax import mesh as mesh_lib
+from saejax.capacity import TopKConfig
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.state import abstract_state, create
-from saejax.train.step import _auxk_capacities, jit_step, loss_spec, make_step
+from saejax.train.spec import loss_spec
+from saejax.train.step import _auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16
 SAE = SAEConfig(d_model=D, n_latents=L, k=K)
@@ -28,14 +30,16 @@ def batch(seed):
 
 @functools.cache
 def compiled(sae, loss, optimizer, normalizer):
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
-    step = make_step(sae, loss, optimizer, normalizer, mesh, batch_tokens=B, chunks=1, steps=10)
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape())
+    step = make_step(
+        sae, loss, optimizer, TopKConfig(), normalizer, mesh, batch_tokens=B, chunks=1, steps=10
+    )
     return jit_step(step, abstract_state(sae, optimizer, 10), mesh)
 
 
 def train(batches, sae=SAE, loss=LOSS, optimizer=OPTIMIZER, normalizer=None, change=None):
     """State on the host and metrics of every step; `change` edits the fresh state."""
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape())
     state = create(0, sae, optimizer, 10, batch(99), mesh)
     if change is not None:
         state = change(state)
@@ -123,7 +127,7 @@ def test_auxk_moves_dead_latents_and_only_it():
 
 
 def make_mesh():
-    return mesh_lib.make_mesh(mesh_lib.MeshConfig())
+    return mesh_lib.make_mesh(mesh_lib.MeshShape())
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1])
@@ -266,7 +270,7 @@ def test_k_aux_is_a_power_of_two_near_half_the_width(d_model, n_latents, k_aux):
 )
 def test_losses_that_do_not_fit_the_model(change, message):
     with pytest.raises(ValueError, match=message):
-        loss_spec(SAE, dataclasses.replace(LOSS, **change))
+        loss_spec(SAE, dataclasses.replace(LOSS, **change), TopKConfig(), 1)
 
 
 @pytest.mark.parametrize(

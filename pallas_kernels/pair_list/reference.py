@@ -1,0 +1,40 @@
+"""Products with a list of pairs, from their definition."""
+
+import jax
+import jax.numpy as jnp
+
+
+def compact(kept_BC, values_BC, indices_BC, n_latents):
+    """See `pallas_kernels.pair_list.api.compact`."""
+    n_tokens, n_slots = kept_BC.shape
+    kept = kept_BC.reshape(-1)
+    latents = jnp.where(kept, indices_BC.reshape(-1), n_latents)
+    tokens = jnp.where(kept, jnp.repeat(jnp.arange(n_tokens), n_slots), n_tokens)
+    order = jnp.lexsort((tokens, latents))
+    return (
+        jnp.where(kept, values_BC.reshape(-1), 0)[order],
+        tokens[order].astype(jnp.int32),
+        latents[order].astype(jnp.int32),
+        kept.sum(dtype=jnp.int32),
+    )
+
+
+def decode(values_P, tokens_P, latents_P, count, w_LD, n_tokens) -> jax.Array:
+    """See `pallas_kernels.pair_list.api.decode`."""
+    del count  # unused entries name rows that do not exist
+    code_BL = jnp.zeros((n_tokens, len(w_LD)), jnp.result_type(values_P, w_LD))
+    return code_BL.at[tokens_P, latents_P].add(values_P, mode="drop") @ w_LD
+
+
+def dot(values_P, tokens_P, latents_P, count, a_BD, w_LD) -> jax.Array:
+    """See `pallas_kernels.pair_list.api.dot`."""
+    del count
+    all_BL = (a_BD @ w_LD.T).astype(values_P.dtype)
+    return all_BL.at[tokens_P, latents_P].get(mode="fill", fill_value=0)
+
+
+def add_outer(total_LD, values_P, tokens_P, latents_P, count, a_BD) -> jax.Array:
+    """See `pallas_kernels.pair_list.api.add_outer`."""
+    del count
+    code_BL = jnp.zeros((len(a_BD), len(total_LD)), total_LD.dtype)
+    return total_LD + code_BL.at[tokens_P, latents_P].add(values_P, mode="drop").T @ a_BD

@@ -1,0 +1,281 @@
+"""Collectives of a compiled program, read from its text: kind, bytes, calls and mesh axis.
+
+Bytes are of the full array: what an all-gather makes, what a reduce-scatter, an all-reduce or an
+all-to-all takes, per device and call. A collective in a loop counts once a trip; of the branches of
+a conditional, the one that moves most counts. Each is named by the `jax.named_scope` it was traced
+under.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from saejax.mesh import DATA, LATENT, MeshShape
+
+UNNAMED = "unnamed"
+"""Name of a collective that was traced under none of the known scopes."""
+
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_ITEM = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|async_wrapped|called_computations)=\{?%?([\w.\-]+)")
+_NEIGHBOURS = 3  # instructions to follow from one whose own origin the compiler dropped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Calls of one kind under one name.
+
+    Attributes:
+      name: the scope it was traced under, or `UNNAMED`.
+      kind: as XLA calls it.
+      axis: 'data', 'latent' or both.
+      calls: a step.
+      bytes: of the full array, per device and step (all calls).
+    """
+
+    name: str
+    kind: str
+    axis: str
+    calls: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def origin(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
+    def kind(self) -> str | None:
+        """The collective it starts, or None; the second half of an asynchronous one is None."""
+        return next((k for k in _KINDS if self.opcode in (k, f"{k}-start")), None)
+
+    def called(self) -> list[str]:
+        return _CALLED.findall(self.text)
+
+
+_Computation = dict[str, _Instruction]
+
+
+class Program:
+    """The computations of a compiled program.
+
+    Attributes:
+      computations: name -> instructions by name.
+      entry: name of the one that is run.
+    """
+
+    def __init__(self, text: str, shape: MeshShape, scopes: Collection[str]):
+        """Parses what `jax.stages.Compiled.as_text()` returns.
+
+        Args:
+          text: of one module.
+          shape: of the mesh that it was compiled for.
+          scopes: names that its collectives were traced under.
+        """
+        self.computations, self.entry = _parse(text)
+        self._shape, self._scopes = shape, scopes
+        self._seen: dict[str, list[Collective]] = {}
+
+    def collectives(self) -> list[Collective]:
+        """All of them, those alike in name, kind and axis as one; most bytes first."""
+        merged: dict[tuple[str, str, str], Collective] = {}
+        for one in self._walk(self.entry, ""):
+            key = (one.name, one.kind, one.axis)
+            if key in merged:
+                one = dataclasses.replace(
+                    one, calls=one.calls + merged[key].calls, bytes=one.bytes + merged[key].bytes
+                )
+            merged[key] = one
+        return sorted(merged.values(), key=lambda c: (-c.bytes, c.name, c.kind))
+
+    def _walk(self, name: str, caller: str) -> list[Collective]:
+        """Of one call of a computation; `caller` is the scope that the call itself has."""
+        if name not in self.computations:
+            return []
+        found, body = [], self.computations[name]
+        for instruction in body.values():
+            if instruction.kind:
+                found.append(self._collective(instruction, body, name, caller))
+                continue
+            scope = self._scope(instruction, body) if instruction.called() else UNNAMED
+            scope = caller if scope == UNNAMED else scope
+            if instruction.opcode == "conditional":
+                branches = [self._walk(b, scope) for b in _branches(instruction)]
+                found += max(branches, key=lambda b: sum(c.bytes for c in b))
+                continue
+            trips = self._trips(instruction) if instruction.opcode == "while" else 1
+            for called in instruction.called():
+                found += [
+                    dataclasses.replace(c, calls=c.calls * trips, bytes=c.bytes * trips)
+                    for c in self._walk(called, scope)
+                ]
+        return found
+
+    def _collective(
+        self, instruction: _Instruction, body: _Computation, computation: str, caller: str
+    ) -> Collective:
+        kind = instruction.kind
+        groups = _groups(instruction.text, self._shape.size)
+        size = sum(_bytes(body[o].type) for o in instruction.operands if o in body)
+        if kind == "all-gather":
+            size *= groups.shape[1]
+        elif kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind = "reduce-scatter"  # how the TPU compiler writes one
+        name = self._scope(instruction, body)
+        name = (caller or UNNAMED) if name == UNNAMED else name
+        return Collective(name=name, kind=kind, axis=self._axis(groups), calls=1.0, bytes=size)
+
+    def _scope(self, instruction: _Instruction, body: _Computation) -> str:
+        """The known scope of an instruction, or of what it is computed from or for, if it has none.
+
+        The compiler drops the origin of what it rewrites.
+        """
+        own = self._origin(instruction)
+        if own or instruction.origin or instruction.kind is None:
+            return own or UNNAMED
+        users, seen, ring = _users(body), {instruction.name}, [instruction.name]
+        for _ in range(_NEIGHBOURS):
+            ring = [o for n in ring for o in (*body[n].operands, *users.get(n, ())) if o in body]
+            ring = [n for n in dict.fromkeys(ring) if n not in seen]
+            seen |= set(ring)
+            names = [name for n in ring if (name := self._origin(body[n]))]
+            if names:
+                return names[0]
+        return UNNAMED
+
+    def _origin(self, instruction: _Instruction, depth: int = 2) -> str | None:
+        """The known scope of an instruction or of anything in the computations it calls."""
+        found = self._known(instruction.origin)
+        if found or not depth:
+            return found
+        for called in instruction.called():
+            for inner in self.computations.get(called, {}).values():
+                if found := self._origin(inner, depth - 1):
+                    return found
+        return None
+
+    def _known(self, origin: str) -> str | None:
+        """The known scopes of an origin: 'auxk tokens' of 'jit(step)/auxk/while/tokens/all_gather'."""
+        return " ".join(part for part in origin.split("/") if part in self._scopes) or None
+
+    def _axis(self, groups: np.ndarray) -> str:
+        rows, columns = groups // self._shape.latent, groups % self._shape.latent
+        over_data = bool((rows != rows[:, :1]).any())
+        over_latent = bool((columns != columns[:, :1]).any())
+        axes = [axis for axis, over in ((DATA, over_data), (LATENT, over_latent)) if over]
+        return ", ".join(axes)
+
+    def _trips(self, loop: _Instruction) -> int:
+        """Trips of a loop: as the compiler annotates, or the constant that its condition holds."""
+        found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
+        if found:
+            return int(found[1])
+        limits, left = [], re.findall(r"condition=%?([\w.\-]+)", loop.text)
+        while left:
+            for instruction in self.computations.get(left.pop(), {}).values():
+                left += instruction.called()
+                constant = re.match(r"(\d+)\)", instruction.text)
+                if instruction.opcode == "constant" and constant and "[]" in instruction.type:
+                    limits.append(int(constant[1]))
+        return max(limits, default=1)
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            _, name, type_, opcode, rest = found.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", _inside(rest)))
+            current[name] = _Instruction(name, type_, opcode, operands, rest)
+    return computations, entry
+
+
+def _inside(rest: str) -> str:
+    """The operands: text up to the parenthesis that closes one opened before it."""
+    depth = 1
+    for position, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return rest[:position]
+    return rest
+
+
+def _branches(conditional: _Instruction) -> Iterator[str]:
+    found = re.search(r"branch_computations=\{([^}]*)\}", conditional.text)
+    if found:
+        yield from re.findall(r"%?([\w.\-]+)", found[1])
+    yield from re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", conditional.text)
+
+
+def _users(body: _Computation) -> dict[str, list[str]]:
+    users: dict[str, list[str]] = {}
+    for instruction in body.values():
+        for operand in instruction.operands:
+            users.setdefault(operand, []).append(instruction.name)
+    return users
+
+
+def _bytes(type_: str) -> int:
+    """Bytes of all arrays in the text of a type."""
+    total = 0
+    for name, bits, dims in _ARRAY.findall(type_):
+        count = math.prod(int(d) for d in dims.split(",") if d)
+        total += math.ceil(count * _ITEM.get(name, int(bits or 32) / 8))
+    return total
+
+
+def _groups(text: str, size: int) -> np.ndarray:
+    """`[groups, members]`: positions in the mesh, row by row, of devices that take part together.
+
+    A permutation is given as its pairs.
+    """
+    explicit = r"\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}"
+    if found := re.search(rf"(?:replica_groups|source_target_pairs)={explicit}", text):
+        return np.array([[int(i) for i in g.split(",")] for g in found[1][1:-1].split("},{")])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(found[2], found[3]).reshape(_ints(found[1]))
+    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if found := re.search(named, text):
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(size)
+        ids = ids.reshape([int(n) for n in axes.values()])
+        over = [list(axes).index(axis) for axis in re.findall(r"'([^']+)'", found[4])]
+        ids = np.moveaxis(ids, over, range(-len(over), 0))
+        return ids.reshape(-1, math.prod(ids.shape[-len(over) :]))
+    return np.arange(size)[None]
+
+
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return ids.transpose(_ints(permutation)) if permutation else ids
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
