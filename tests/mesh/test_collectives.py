@@ -96,6 +96,24 @@ def test_signed_zeros_tie_across_shards(mesh_shape):
     assert kept[:, 2].all()
 
 
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("shards, k, capacity", [(64, 32, 4), (512, 64, 3), (512, 8, 1)])
+def test_many_shards(shards, k, capacity, exchange):
+    """The same code under `vmap`, which gives it as many shards as one likes."""
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 400, size=(shards, 8 * shards)).astype(np.float32)  # ties on every row
+
+    def fn(x_BL):
+        values, _ = collectives.top_k(x_BL, capacity)
+        return collectives.count_kept(values, k, exchange)
+
+    by_shard = x.reshape(shards, shards, 8).transpose(1, 0, 2)  # [S, B, L]
+    counts = jax.jit(jax.vmap(fn, axis_name=mesh_lib.LATENT))(by_shard)
+    offered = np.sort(by_shard, axis=-1)[..., ::-1][..., :capacity]  # [S, B, C]
+    kept = by_numpy(offered.transpose(1, 0, 2).reshape(shards, -1), k)
+    np.testing.assert_array_equal(counts, kept.reshape(shards, shards, capacity).sum(-1).T)
+
+
 def test_tokens_that_do_not_divide_by_the_shards_are_gathered():
     x = rows("few levels", 32)[:21]
     np.testing.assert_array_equal(kept_by_mesh(x, 6, (1, 8)), by_numpy(x, 6))

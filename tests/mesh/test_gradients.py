@@ -33,25 +33,36 @@ def make_problem(seed=0):
     return params, rng.normal(size=(B, D)), since
 
 
-def dense_loss(params, x, dead, spec: LossSpec):
+def kept_mask(h, wanted: Selection, shards: int):
+    """`[B, L]` bool: the k largest of what the shards offer; ties to the lowest index."""
+
+    def best(h, k):
+        order = jnp.argsort(h, axis=-1, descending=True, stable=True)[..., :k]
+        return jnp.put_along_axis(jnp.zeros(h.shape, bool), order, True, axis=-1, inplace=False)
+
+    by_shard = h.reshape(len(h), shards, -1)
+    offered = best(by_shard, min(wanted.capacity, by_shard.shape[-1])).reshape(h.shape)
+    return best(jnp.where(offered, h, -jnp.inf), wanted.k) & offered
+
+
+def dense_loss(params, x, dead, spec: LossSpec, shards: int):
     """The loss as the paper writes it: dense codes, plain autodiff, no sharding."""
     h = (x - params["pre_bias"]) @ params["w_enc"].T + params["latent_bias"]
 
-    def code(k, h):
-        order = jnp.argsort(h, axis=-1, descending=True, stable=True)[:, :k]
-        mask = jnp.zeros(h.shape, bool).at[jnp.arange(len(h))[:, None], order].set(True)
+    def code(wanted, h):
+        mask = kept_mask(jax.lax.stop_gradient(h), wanted, shards)
         return jnp.where(mask & jnp.isfinite(h), jnp.maximum(h, 0), 0)
 
-    e = x - (code(spec.main.k, h) @ params["w_dec"] + params["pre_bias"])
+    e = x - (code(spec.main, h) @ params["w_dec"] + params["pre_bias"])
     total = jnp.sum(e**2)
     if spec.multi_coefficient:
-        wide = code(spec.multi.k, h) @ params["w_dec"] + params["pre_bias"]
+        wide = code(spec.multi, h) @ params["w_dec"] + params["pre_bias"]
         total += spec.multi_coefficient * jnp.sum((x - wide) ** 2)
     loss = total / (len(x) * VARIANCE)
     if spec.auxk_coefficient:
         e = jax.lax.stop_gradient(e)
-        dead_h = jnp.where(dead[None, :], h, -jnp.inf)
-        e_hat = code(spec.aux.k, jnp.where(jnp.isfinite(dead_h), dead_h, -1e30)) @ params["w_dec"]
+        dead_h = jnp.where(dead[None, :], h, -1e30)
+        e_hat = jnp.where(dead, code(spec.aux, dead_h), 0) @ params["w_dec"]
         spread = jnp.sum((e - e.mean(0, keepdims=True)) ** 2)
         loss += spec.auxk_coefficient * jnp.sum((e - e_hat) ** 2) / spread
     return loss
@@ -72,16 +83,18 @@ def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1):
     return jax.jit(fn)(params, jnp.asarray(since), jnp.float64(VARIANCE), jnp.asarray(x))
 
 
-def spec_of(auxk=0.0, multi=0.0, k_aux=16):
+def spec_of(auxk=0.0, multi=0.0, k_aux=16, capacities=(64, 64, 64), **options):
+    main, wide, aux = capacities
     return LossSpec(
-        main=Selection(k=K, capacity=K),
-        multi=Selection(k=4 * K, capacity=4 * K) if multi else None,
-        aux=Selection(k=k_aux, capacity=k_aux),
+        main=Selection(k=K, capacity=min(main, K)),
+        multi=Selection(k=4 * K, capacity=min(wide, 4 * K)) if multi else None,
+        aux=Selection(k=k_aux, capacity=min(aux, k_aux)),
         multi_coefficient=multi,
         auxk_coefficient=auxk,
         dead_tokens=500,
         relu=True,
         dtype=jnp.dtype("float64"),
+        **options,
     )
 
 
@@ -92,6 +105,10 @@ TERMS = {
     "auxk, many more dead than k_aux": spec_of(auxk=1 / 32, k_aux=2),
     "multi": spec_of(multi=1 / 8),
     "all": spec_of(auxk=1 / 32, multi=1 / 8),
+    "all, dense codes": spec_of(auxk=1 / 32, multi=1 / 8, dense_below=1000),
+    "all, codes over data": spec_of(auxk=1 / 32, multi=1 / 8, gather_codes=True),
+    "all, gathered candidates": spec_of(auxk=1 / 32, multi=1 / 8, exchange="all_gather"),
+    "all, truncated": spec_of(auxk=1 / 32, multi=1 / 8, k_aux=6, capacities=(1, 3, 1)),
 }
 
 
@@ -102,6 +119,13 @@ CASES = [
     *(("all", mesh_shape) for mesh_shape in OTHER_MESHES),
     ("auxk, fewer dead than k_aux", (2, 4)),
     ("auxk, many more dead than k_aux", (1, 8)),
+    ("all, dense codes", (1, 1)),
+    ("all, dense codes", (2, 4)),
+    ("all, codes over data", (8, 1)),
+    ("all, codes over data", (4, 2)),
+    ("all, gathered candidates", (2, 4)),
+    ("all, truncated", (1, 8)),
+    ("all, truncated", (2, 4)),
 ]
 
 
@@ -119,7 +143,9 @@ def test_gradients_equal_dense_autodiff(term, mesh_shape):
         got, new_since, sums = computed(term, mesh_shape)
         dead = np.asarray(new_since) >= spec.dead_tokens
         assert 0 < dead.sum() < L, "the problem must have dead and live latents"
-        want = jax.jit(jax.grad(dense_loss), static_argnums=3)(params, x, dead, spec)
+        want = jax.jit(jax.grad(dense_loss), static_argnums=(3, 4))(
+            params, x, dead, spec, mesh_shape[1]
+        )
         for name, gradient in want.items():
             scale = np.abs(gradient).max()
             assert scale > 1e-6, f"{name}: the oracle's own gradient vanishes"
@@ -136,12 +162,41 @@ def test_every_term_moves_every_parameter():
                 assert np.abs(got[name] - base[name]).max() > 1e-6, (term, name)
 
 
-@pytest.mark.parametrize("chunks, mesh_shape", [(16, (1, 1)), (4, (2, 4))])
-def test_chunks_do_not_change_the_gradient(chunks, mesh_shape):
+@pytest.mark.parametrize(
+    "term, chunks, mesh_shape",
+    [("all", 16, (1, 1)), ("all", 4, (2, 4)), ("all, codes over data", 4, (4, 2))],
+)
+def test_chunks_do_not_change_the_gradient(term, chunks, mesh_shape):
     with jax.enable_x64(True):
-        whole, since_1, sums_1 = computed("all", mesh_shape)
-        split, since_n, sums_n = computed("all", mesh_shape, chunks)
+        whole, since_1, sums_1 = computed(term, mesh_shape)
+        split, since_n, sums_n = computed(term, mesh_shape, chunks)
         for name in whole:
             np.testing.assert_allclose(split[name], whole[name], rtol=1e-11, atol=1e-14)
         np.testing.assert_array_equal(since_1, since_n)
         np.testing.assert_allclose(sums_1["auxk"], sums_n["auxk"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)])
+def test_tokens_at_capacity_are_counted(mesh_shape):
+    """Against numpy: shards whose offers were all kept and that had more to offer."""
+    with jax.enable_x64(True):
+        params, x, _ = make_problem()
+        spec, shards = TERMS["all, truncated"], mesh_shape[1]
+        _, since, sums = computed("all, truncated", mesh_shape)
+        h = (x - params["pre_bias"]) @ params["w_enc"].T + params["latent_bias"]
+        dead = np.asarray(since) >= spec.dead_tokens
+        problems = {"cut": (spec.main, np.ones(L, bool)), "multi_cut": (spec.multi, np.ones(L, bool))}
+        problems["auxk_cut"] = (spec.aux, dead)
+        for name, (wanted, eligible) in problems.items():
+            kept = np.asarray(kept_mask(jnp.where(eligible, h, -np.inf), wanted, shards)) & eligible
+            by_shard = kept.reshape(len(x), shards, -1).sum(-1)
+            more = eligible.reshape(shards, -1).sum(-1) > wanted.capacity
+            want = ((by_shard == wanted.capacity) & more).sum()
+            assert want > 0, name
+            assert int(sums[name]) == want, name
+
+
+def test_exact_capacity_is_never_reached():
+    with jax.enable_x64(True):
+        _, _, sums = computed("all", (2, 4))
+        assert [int(sums[name]) for name in ("cut", "multi_cut", "auxk_cut")] == [0, 0, 0]
