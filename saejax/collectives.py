@@ -35,6 +35,11 @@ def latent_shards() -> int:
     return lax.axis_size(LATENT)
 
 
+def shard_index() -> jax.Array:
+    """This device's place along 'latent'."""
+    return lax.axis_index(LATENT)
+
+
 def data_rows() -> int:
     """Number of replicas along 'data'."""
     return lax.axis_size(DATA)
@@ -143,3 +148,34 @@ def _count_by_shard(
     _, position_BK = top_k(offered, k)
     owner_BK = position_BK // n_candidates
     return (owner_BK[:, :, None] == shards_S).sum(1, dtype=jnp.int32)
+
+
+def merge_top_k(
+    values_BC: jax.Array, indices_BC: jax.Array, n_latents: int, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Values and global indices `[B, k]` of the k largest candidates of all shards.
+
+    Each shard merges the candidates of its own share of the tokens, then all share the result.
+
+    Args:
+      values_BC: `[B, C]` candidates of this shard, by (value descending, index ascending); B a
+        multiple of the shards.
+      indices_BC: `[B, C]` their latents in [0, n_latents).
+      n_latents: latents of each shard.
+      k: at most C * shards.
+
+    Returns:
+      By (value descending, index ascending), the same on every shard.
+    """
+    indices_BC = indices_BC + shard_index() * n_latents
+
+    def by_tokens(x_BC):
+        return lax.all_to_all(x_BC, LATENT, split_axis=0, concat_axis=1, tiled=True)
+
+    values_bK, position_bK = top_k(by_tokens(values_BC), k)
+    indices_bK = jnp.take_along_axis(by_tokens(indices_BC), position_bK, axis=1)
+
+    def everywhere(x_bK):
+        return lax.all_gather(x_bK, LATENT, axis=0, tiled=True)
+
+    return everywhere(values_bK), everywhere(indices_bK)

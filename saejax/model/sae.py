@@ -7,8 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from saejax.model import sparse
+from saejax import mesh as mesh_lib
+from saejax.model import sharded, sparse
 from saejax.model.normalizer import KINDS, Kind, Normalizer
 from saejax.types import Latents, Params
 
@@ -90,10 +92,17 @@ class SAE(nnx.Module):
       normalizer: the input normalisation, applied by `encode` and undone by `decode`.
       w_enc, w_dec: `[L, D]` float32; decoder rows have unit norm.
       latent_bias: `[L]`; pre_bias: `[D]`.
+      mesh: what the latents are split over; None where one device holds all of them.
     """
 
-    def __init__(self, config: SAEConfig, params: Params, normalizer: Normalizer):
-        """Owns `params`.
+    def __init__(
+        self,
+        config: SAEConfig,
+        params: Params,
+        normalizer: Normalizer,
+        mesh: Mesh | None = None,
+    ):
+        """Owns `params`, which are laid out on `mesh` if one is given.
 
         Raises:
           ValueError: a parameter is missing or has another shape than `config` says.
@@ -101,6 +110,8 @@ class SAE(nnx.Module):
         check_params(config, params)
         self.config = config
         self.normalizer = normalizer
+        several = mesh is not None and mesh_lib.shape_of(mesh).latent > 1
+        self.mesh = mesh if several else None
         self.w_enc = nnx.Param(params["w_enc"])
         self.w_dec = nnx.Param(params["w_dec"])
         self.latent_bias = nnx.Param(params["latent_bias"])
@@ -120,14 +131,7 @@ class SAE(nnx.Module):
         """
         x_n, offset, scale = self.normalizer.apply(self._check_width(x))
         flat_BD = x_n.reshape(math.prod(x_n.shape[:-1]), self.config.d_model)
-        values, indices = sparse.encode_top_k(
-            flat_BD,
-            self.w_enc[...],
-            self.latent_bias[...],
-            self.pre_bias[...],
-            self.config.k,
-            self.config.dtype,
-        )
+        values, indices = self._top_k(flat_BD)
         shape = (*x_n.shape[:-1], self.config.k)
         if self.config.relu:
             values = jax.nn.relu(values)
@@ -138,13 +142,20 @@ class SAE(nnx.Module):
             scale=scale,
         )
 
+    def _top_k(self, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, dtype = self.config.k, self.config.dtype
+        if self.mesh is not None:
+            return sharded.encode_top_k(x_BD, self.params, k, dtype, self.mesh)
+        return sparse.encode_top_k(
+            x_BD, self.w_enc[...], self.latent_bias[...], self.pre_bias[...], k, dtype
+        )
+
     def decode(self, latents: Latents) -> jax.Array:
         """Reconstructs raw activations `[..., D]` from a code `[..., K]` (any K)."""
         values, indices = latents.values, latents.indices
         n, k = math.prod(values.shape[:-1]), values.shape[-1]
-        out_BD = sparse.decode(
-            values.reshape(n, k), indices.reshape(n, k), self.w_dec[...], self.config.dtype
-        )
+        code = (values.reshape(n, k), indices.reshape(n, k), self.w_dec[...], self.config.dtype)
+        out_BD = sparse.decode(*code) if self.mesh is None else sharded.decode(*code, self.mesh)
         x_n = out_BD.reshape(*values.shape[:-1], self.config.d_model) + self.pre_bias[...]
         return self.normalizer.undo(x_n, latents.offset, latents.scale)
 

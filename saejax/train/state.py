@@ -122,13 +122,20 @@ def create(
 
 
 def export(
-    state: TrainState, config: SAEConfig, optimizer: OptimizerConfig, normalizer: Normalizer
+    state: TrainState,
+    config: SAEConfig,
+    optimizer: OptimizerConfig,
+    normalizer: Normalizer,
+    mesh: Mesh | None = None,
 ) -> SAE:
-    """The model of a state: the bias-corrected EMA where one is kept, else the last weights."""
+    """The model of a state: the bias-corrected EMA where one is kept, else the last weights.
+
+    It stays on `mesh`, if one is given: nothing gathers its latents.
+    """
     params, step = state.params, int(state.step)
     if state.ema is not None and step > 0:
         params = corrected_ema(state.ema, optimizer.ema_decay, step)
         if optimizer.unit_norm_decoder:
             # An average of unit vectors is shorter than one.
             params = renormalize_decoder(params)
-    return SAE(config, params, normalizer)
+    return SAE(config, params, normalizer, mesh)
