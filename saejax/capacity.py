@@ -21,7 +21,7 @@ from typing import Literal
 MAX_EXPECTED_LOSS = 1e-5
 """The share of the exact top-k that default capacities may lose, in expectation."""
 
-_ALARM = 10
+_ALARM = 5
 """A measured share this many times the expected one is worth a warning."""
 
 
@@ -130,7 +130,7 @@ def expected_share_at_capacity(k: int, n_latents: int, shards: int, capacity: in
 def warning_share(k: int, n_latents: int, shards: int) -> float:
     """The share of (token, shard) pairs at capacity above which too much is being cut.
 
-    Ten times what is expected at the smallest capacity that loses less than `MAX_EXPECTED_LOSS`:
+    Five times what is expected at the smallest capacity that loses less than `MAX_EXPECTED_LOSS`:
     far above it lie the paper's rule on many shards, and latents that crowd into few shards.
     """
     capacity = smallest_capacity(k, n_latents, shards, MAX_EXPECTED_LOSS)

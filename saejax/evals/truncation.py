@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import capacity as rules
-from saejax.capacity import TopKConfig
+from saejax.capacity import TopKConfig, exact_capacity, expected_loss, warning_share
 from saejax.evals.metrics import Reconstruction
 from saejax.evals.rows import regroup
 from saejax.model import sparse
@@ -31,6 +30,7 @@ RULES = {
 
 _PRE_ACTIVATIONS = 2**24  # of one batch, so that memory does not grow with the latents
 _MOST_ROWS = 4096
+_ROWS_AGAIN = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def select(h_BL: jax.Array, k: int, shards: int, capacity: int) -> tuple[jax.Arr
       ValueError: the shards do not divide the latents, or offer fewer than k.
     """
     n_tokens, n_latents = h_BL.shape
-    most = rules.exact_capacity(k, n_latents, shards)
+    most = exact_capacity(k, n_latents, shards)
     if not (1 <= capacity <= n_latents // shards and shards * capacity >= k):
         raise ValueError(
             f"capacity = {capacity} on {shards} shards of {n_latents // shards} latents cannot "
@@ -121,7 +121,7 @@ def select(h_BL: jax.Array, k: int, shards: int, capacity: int) -> tuple[jax.Arr
 
 @jax.jit
 def _encode_exactly(sae, x_BD):
-    """Normalised rows, pre-activations, and the exact code with its reconstruction."""
+    """Normalised rows, pre-activations, and the exact selection with its reconstruction."""
     x_n, _, _ = sae.normalizer.apply(x_BD)
     h_BL = sae.pre_activations(x_BD)
     values_BK, indices_BK = sparse.top_k(h_BL, sae.config.k)
@@ -129,15 +129,10 @@ def _encode_exactly(sae, x_BD):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _truncate(sae, h_BL, exact_BK, shards: int, capacity: int):
-    """Per token: lost latents and full shards `[B]`; and the reconstruction."""
-    values_BK, indices_BK = select(h_BL, sae.config.k, shards, capacity)
-    row_B1 = jnp.arange(len(h_BL))[:, None]
-    kept_BL = jnp.zeros(h_BL.shape, bool).at[row_B1, indices_BK].set(True)
-    lost_B = (~kept_BL[row_B1, exact_BK]).sum(axis=1)
-    held_BS = kept_BL.reshape(len(h_BL), shards, -1).sum(axis=2)
-    full_B = (held_BS >= capacity).sum(axis=1)
-    return lost_B, full_B, _rebuild(sae, values_BK, indices_BK)
+def _select_again(sae, h_BL, rows_R, shards: int, capacity: int):
+    """The truncated selection of some rows, with its reconstruction."""
+    values_RK, indices_RK = select(h_BL[rows_R], sae.config.k, shards, capacity)
+    return indices_RK, _rebuild(sae, values_RK, indices_RK)
 
 
 def _rebuild(sae, values_BK, indices_BK):
@@ -153,7 +148,7 @@ def truncation(
     sae,
     blocks: Iterable[np.ndarray],
     *,
-    shards: Sequence[int] = (8, 64, 512),
+    shards: Sequence[int],
     topk: Mapping[str, TopKConfig] = RULES,
     limit: int | None = None,
 ) -> list[Truncation]:
@@ -173,10 +168,12 @@ def truncation(
       One entry per number of shards and rule, in that order.
 
     Raises:
-      ValueError: a number of shards that does not divide the latents, no rows, or rows with NaN or
-        infinity.
+      ValueError: a number of shards that does not divide the latents, or none; no rows, or rows
+        with NaN or infinity.
     """
     k, n_latents = sae.config.k, sae.config.n_latents
+    if not shards or not topk:
+        raise ValueError("shards: none; give at least one number of shards, and one rule")
     wanted = {
         (count, name): rule.capacity(k, n_latents, count)
         for count in shards
@@ -190,11 +187,11 @@ def truncation(
             rule=name,
             capacity=size,
             tokens=tokens,
-            expected_loss=rules.expected_loss(k, n_latents, count, size),
+            expected_loss=expected_loss(k, n_latents, count, size),
             lost=measured[count, size].lost / (tokens * k),
             changed=measured[count, size].changed / tokens,
             at_capacity=measured[count, size].at_capacity / (tokens * count),
-            warn_above=rules.warning_share(k, n_latents, count),
+            warn_above=warning_share(k, n_latents, count),
             nmse=measured[count, size].quality.nmse,
             nmse_exact=exact.nmse,
         )
@@ -206,35 +203,61 @@ def _measure(
     sae, blocks: Iterable[np.ndarray], settings: Sequence[tuple[int, int]], limit: int | None
 ) -> tuple[int, Reconstruction, dict[tuple[int, int], _Counts]]:
     """Tokens, the exact reconstruction, and the sums of every (shards, capacity)."""
-    k, n_latents = sae.config.k, sae.config.n_latents
-    rows = min(max(_PRE_ACTIVATIONS // n_latents, 1), _MOST_ROWS)
+    rows = min(max(_PRE_ACTIVATIONS // sae.config.n_latents, 1), _MOST_ROWS)
     tokens, exact = 0, Reconstruction.empty(sae.config.d_model)
     measured: dict[tuple[int, int], _Counts] = {}
     for x_BD in regroup(blocks, rows, limit):
         count = len(x_BD)
         # The last batch repeats its last row, so that every batch has one shape.
         padded_BD = jnp.asarray(np.pad(x_BD, ((0, rows - count), (0, 0)), mode="edge"))
-        x_n, h_BL, exact_BK, x_hat = _encode_exactly(sae, padded_BD)
-        x_n = np.asarray(x_n)[:count]
-        tokens, exact = (
-            tokens + count,
-            exact.merge(Reconstruction.of(x_n, np.asarray(x_hat)[:count])),
-        )
-        for shards, size in settings:
-            out = _truncate(sae, h_BL, exact_BK, shards, size)
-            lost_B, full_B, x_hat = (np.asarray(array)[:count] for array in out)
-            cuts = size < rules.exact_capacity(k, n_latents, shards)
-            part = _Counts(
-                lost=int(lost_B.sum()),
-                changed=int((lost_B > 0).sum()),
-                at_capacity=int(full_B.sum()) if cuts else 0,
-                quality=Reconstruction.of(x_n, x_hat),
-            )
-            before = measured.get((shards, size))
-            measured[shards, size] = part if before is None else before.merge(part)
+        x_n, h_BL, indices_BK, x_hat = _encode_exactly(sae, padded_BD)
+        x_n, indices_BK, x_hat = (np.asarray(a)[:count] for a in (x_n, indices_BK, x_hat))
+        quality = Reconstruction.of(x_n, x_hat)
+        tokens, exact = tokens + count, exact.merge(quality)
+        for setting in settings:
+            part = _count(sae, h_BL, indices_BK, x_n, x_hat, quality, *setting)
+            before = measured.get(setting)
+            measured[setting] = part if before is None else before.merge(part)
     if not tokens:
         raise ValueError("held-out activations: 0 rows; give at least 2 that differ")
     return tokens, exact, measured
+
+
+def _count(
+    sae, h_BL, indices_BK, x_n, x_hat, quality: Reconstruction, shards: int, capacity: int
+) -> _Counts:
+    """What a capacity does to one batch, whose exact selection and reconstruction are given.
+
+    Where no shard holds more than `capacity` of a token's exact top-k, all of it is offered, and
+    wins: only the other tokens are selected again.
+    """
+    k, n_latents = sae.config.k, sae.config.n_latents
+    held_BS = _held(indices_BK, n_latents, shards)
+    lost_B = np.maximum(held_BS - capacity, 0).sum(axis=1)
+    full_B = (held_BS >= capacity).sum(axis=1)
+    (changed,) = np.nonzero(lost_B)
+    if len(changed):
+        x_hat = x_hat.copy()
+        for start in range(0, len(changed), _ROWS_AGAIN):
+            part = changed[start : start + _ROWS_AGAIN]
+            padded = np.pad(part, (0, _ROWS_AGAIN - len(part)), mode="edge")
+            out = _select_again(sae, h_BL, padded, shards, capacity)
+            again_RK, x_hat[part] = (np.asarray(array)[: len(part)] for array in out)
+            full_B[part] = (_held(again_RK, n_latents, shards) >= capacity).sum(axis=1)
+        quality = Reconstruction.of(x_n, x_hat)
+    return _Counts(
+        lost=int(lost_B.sum()),
+        changed=len(changed),
+        at_capacity=int(full_B.sum()) if capacity < exact_capacity(k, n_latents, shards) else 0,
+        quality=quality,
+    )
+
+
+def _held(indices_BK: np.ndarray, n_latents: int, shards: int) -> np.ndarray:
+    """How many of each token's latents `[B, S]` every shard holds."""
+    n_tokens = len(indices_BK)
+    pair_BK = np.arange(n_tokens)[:, None] * shards + indices_BK // (n_latents // shards)
+    return np.bincount(pair_BK.ravel(), minlength=n_tokens * shards).reshape(n_tokens, shards)
 
 
 def format_table(measured: Sequence[Truncation]) -> str:
@@ -245,7 +268,7 @@ def format_table(measured: Sequence[Truncation]) -> str:
         "capacity",
         "expected",
         "lost",
-        "tokens",
+        "tokens hit",
         "at capacity",
         "warn above",
     )
@@ -268,7 +291,7 @@ def format_table(measured: Sequence[Truncation]) -> str:
     lines += [
         "",
         "expected, lost: share of the exact top-k that a shard's capacity cuts, by the formula for",
-        "latents placed at random and as measured; tokens: share whose selection changes; at",
+        "latents placed at random and as measured; tokens hit: share whose selection changes; at",
         "capacity: share of (token, shard) pairs that may have been cut; training warns above the",
         "share beside it; change: of the NMSE, relative to the exact selection",
     ]

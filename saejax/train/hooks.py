@@ -62,6 +62,9 @@ class Window:
             "dead_fraction": float(last.dead) / n_latents,
             "auxk": total.auxk / len(self._steps),
             "auxk_skipped": total.auxk_skipped,
+            "at_capacity": total.at_capacity / total.token_shard_pairs,
+            "multi_at_capacity": total.multi_at_capacity / total.token_shard_pairs,
+            "auxk_at_capacity": total.auxk_at_capacity / total.token_shard_pairs,
             "grad_norm": float(last.grad_norm),
             "learning_rate": float(last.learning_rate),
             "tokens_per_second": total.tokens / seconds,
@@ -122,6 +125,36 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+class CapacityWarning:
+    """Says once, for each selection, that the shards' capacity cuts more than it may.
+
+    Share by share: a shard at capacity offered all it may to the global top-k, all were kept, and
+    it had more. The default capacity makes that rare where latents are spread evenly; the warning
+    comes for the paper's bare rule, and where latents crowd into few shards.
+    """
+
+    def __init__(self, limits: dict[str, float]):
+        """`limits`: name of a record's share at capacity -> what it may reach."""
+        self._limits = dict(limits)
+
+    def check(self, record: dict[str, float]) -> None:
+        """Looks at one record."""
+        for name, limit in list(self._limits.items()):
+            if record[name] > limit:
+                del self._limits[name]
+                _LOG.warning(
+                    "%s = %.4f at step %d: so many (token, latent shard) pairs may have lost some "
+                    "of the exact top-k (at most %.1e is expected of a safe capacity), and the "
+                    "model may be another when it is evaluated exactly; raise "
+                    "TopK.capacity_factor, lower TopK.max_expected_loss, or set "
+                    "TopK.capacity_factor = None for the exact selection",
+                    name,
+                    record[name],
+                    record["step"],
+                    limit,
+                )
 
 
 def log_progress(record: dict[str, float], steps: int, seconds_left: float) -> None:

@@ -118,11 +118,8 @@ def step_spec(
     )
 
 
-def selection_metadata(
-    sae: SAEConfig, loss: LossConfig, topk: TopKConfig, shards: int
-) -> dict[str, Any]:
+def selection_metadata(spec: LossSpec, shards: int) -> dict[str, Any]:
     """What a checkpoint keeps of the selection it was trained with: shards and capacities."""
-    spec = loss_spec(sae, loss, topk, shards)
     chosen = {"main": spec.main, "multi": spec.multi, "aux": spec.aux}
     return {
         "shards": shards,

@@ -16,7 +16,7 @@ from saejax.model import sparse
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train import optim
-from saejax.train.loss import LossConfig, add_auxk, add_reconstruction
+from saejax.train.loss import LossConfig, Reconstruction, add_auxk, add_reconstruction
 from saejax.train.spec import StepSpec, step_spec
 from saejax.types import Params, StepMetrics, TrainState
 
@@ -121,22 +121,7 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
     fired_L = collectives.any_over_data(seen.fired.any(0))
     since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, _COUNTER_LIMIT) + spec.batch_tokens)
     dead_L = since_L >= spec.loss.dead_tokens
-    n_dead = dead_L.sum(dtype=jnp.int32)
-    auxk, skipped = jnp.zeros((), x_bD.dtype), jnp.zeros((), jnp.int32)
-    auxk_cut = jnp.zeros((), jnp.int32)
-    if spec.loss.auxk_coefficient:
-        capacities = _auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
-        # The same branch everywhere: the branches talk to each other.
-        most_dead = collectives.largest_over_latents(n_dead)
-        branch = sum((most_dead > size).astype(jnp.int32) for size in capacities[:-1])
-        branches = [
-            lambda g, size=size: _add_auxk(
-                size, g, params, weights, dead_L, x_NbD, seen.residual, spec
-            )
-            for size in capacities
-        ]
-        with jax.named_scope("auxk"):
-            gradients, auxk, skipped, auxk_cut = jax.lax.switch(branch, branches, gradients)
+    gradients, auxk = _auxk(gradients, params, weights, dead_L, x_NbD, seen.residual, spec)
 
     if not spec.loss.gather_codes:
         of_latents = {name: gradients[name] for name in ("w_enc", "w_dec", "latent_bias")}
@@ -145,23 +130,46 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
     through_encoder_D = -sparse.matmul(gradients["latent_bias"], params["w_enc"])
     shared = through_encoder_D / collectives.data_rows() + gradients["pre_bias"]
     gradients = gradients | {"pre_bias": collectives.sum_over_mesh(shared)}
+    return gradients, since_L, _sums(seen, dead_L, auxk)
+
+
+def _auxk(gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
+    """`_add_auxk` at the smallest capacity that holds the dead latents of every shard."""
+    none = jnp.zeros((), jnp.int32)
+    if not spec.loss.auxk_coefficient:
+        return gradients, (jnp.zeros((), e_NbD.dtype), none, none)
+    capacities = _auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
+    # The same branch everywhere: the branches talk to each other.
+    most_dead = collectives.largest_over_latents(dead_L.sum(dtype=jnp.int32))
+    branch = sum((most_dead > size).astype(jnp.int32) for size in capacities[:-1])
+
+    def at(capacity):
+        return lambda g: _add_auxk(capacity, g, params, weights, dead_L, x_NbD, e_NbD, spec)
+
+    with jax.named_scope("auxk"):
+        gradients, *rest = jax.lax.switch(branch, [at(size) for size in capacities], gradients)
+    return gradients, tuple(rest)
+
+
+def _sums(seen: Reconstruction, dead_L: jax.Array, auxk: tuple) -> dict[str, jax.Array]:
+    """The step's sums over the whole mesh; those of `auxk` but the last are global already."""
+    auxk_loss, skipped, auxk_cut = auxk
     counts = (seen.active.sum(), seen.cut.sum(), seen.multi_cut.sum(), auxk_cut)
     counts = jnp.stack([count.astype(jnp.int32) for count in counts])
     active, cut, multi_cut, auxk_cut = collectives.sum_over_mesh(counts)
     errors = jnp.stack([seen.squared_error.sum(), seen.multi_squared_error.sum()])
     squared_error, multi_squared_error = collectives.sum_over_mesh(errors)
-    sums = {
+    return {
         "squared_error": squared_error,
         "multi_squared_error": multi_squared_error,
         "active": active,
-        "dead": collectives.sum_over_latents(n_dead),
-        "auxk": auxk,
-        "skipped": skipped,
-        "cut": cut,
-        "multi_cut": multi_cut,
-        "auxk_cut": auxk_cut,
+        "dead": collectives.sum_over_latents(dead_L.sum(dtype=jnp.int32)),
+        "auxk": auxk_loss,
+        "auxk_skipped": skipped,
+        "at_capacity": cut,
+        "multi_at_capacity": multi_cut,
+        "auxk_at_capacity": auxk_cut,
     }
-    return gradients, since_L, sums
 
 
 def apply_gradients(
@@ -210,8 +218,7 @@ def make_step(
       sae, loss, optimizer, topk: the configurations.
       normalizer: applied to the raw activations.
       mesh: the device mesh.
-      batch_tokens: tokens per step over the whole mesh.
-      chunks: microbatches per step.
+      batch_tokens, chunks: tokens per step over the whole mesh, and their microbatches.
       steps: of the whole training, for the schedule.
       data_exchange: see `MeshConfig`.
 
@@ -232,34 +239,23 @@ def make_step(
     )
     tx = optimizer.transformation(sae.n_latents, steps)
     rate = optimizer.schedule(sae.n_latents, steps)
+    local = functools.partial(local_gradients, spec=spec)
 
     def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, StepMetrics]:
-        sharded = mesh_lib.per_device(
-            functools.partial(local_gradients, spec=spec),
-            mesh,
-            in_trees=(state.params, "tokens_since_fired", "replicated", "tokens"),
-            out_trees=(state.params, "tokens_since_fired", "replicated"),
-        )
-        gradients, since_L, sums = sharded(
-            state.params, state.tokens_since_fired, state.variance, x_BD
-        )
+        inputs = (state.params, "tokens_since_fired", "replicated", "tokens")
+        outputs = (state.params, "tokens_since_fired", "replicated")
+        sharded = mesh_lib.per_device(local, mesh, inputs, outputs)
+        since_L = state.tokens_since_fired
+        gradients, since_L, sums = sharded(state.params, since_L, state.variance, x_BD)
         learning_rate = jnp.asarray(rate(state.step), jnp.float32)
         state = dataclasses.replace(state, tokens_since_fired=since_L)
         state, grad_norm = apply_gradients(state, gradients, tx, sae, optimizer)
         return state, StepMetrics(
             tokens=jnp.asarray(batch_tokens, jnp.int32),
-            squared_error=sums["squared_error"],
-            multi_squared_error=sums["multi_squared_error"],
-            active=sums["active"],
-            dead=sums["dead"],
-            auxk=sums["auxk"],
-            auxk_skipped=sums["skipped"],
-            at_capacity=sums["cut"],
-            multi_at_capacity=sums["multi_cut"],
-            auxk_at_capacity=sums["auxk_cut"],
             token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.int32),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            **sums,
         )
 
     return step

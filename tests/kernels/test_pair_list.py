@@ -101,5 +101,5 @@ def test_unused_rows_of_infinity_do_no_harm():
 
 def test_unknown_implementation():
     kept, values, indices, w, *_ = problem(SHAPES[0], np.float32)
-    with pytest.raises(ValueError, match="pair_list.compact.*'fast' does not exist"):
+    with pytest.raises(ValueError, match=r"pair_list.compact.*'fast' does not exist"):
         pair_list.compact(kept, values, indices, len(w), implementation="fast")

@@ -114,7 +114,9 @@ def test_axes_and_order_of_devices():
 
 
 def test_too_few_devices():
-    with pytest.raises(ValueError, match=r"\(4, 4\) asks for 16 devices, but 8 are present.* \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"\(4, 4\) asks for 16 devices, but 8 are present.* \(2, 4\)"
+    ):
         make_mesh((4, 4))
 
 
@@ -127,7 +129,10 @@ def test_empty_axis(shape):
 def test_indivisible_latents_and_batch():
     config = MeshShape(2, 4)
     mesh_lib.check_divisible(config, 64, 32)
-    with pytest.raises(ValueError, match=r"SAE\.n_latents = 66 .*4 latent shards of Mesh\.mesh_shape = \(2, 4\).* 68"):
+    with pytest.raises(
+        ValueError,
+        match=r"SAE\.n_latents = 66 .*4 latent shards of Mesh\.mesh_shape = \(2, 4\).* 68",
+    ):
         mesh_lib.check_divisible(config, 66, 32)
     with pytest.raises(ValueError, match=r"Train\.batch_size = 36 .* 8 devices.* 40"):
         mesh_lib.check_divisible(config, 64, 36)

@@ -50,7 +50,9 @@ def test_the_same_code_and_reconstruction(shape, k, tied):
 
 def test_no_device_holds_all_latents():
     _, split = models((1, 8), 4)
-    text = jax.jit(lambda s, x: s(x)).lower(split, np.zeros((16, D), np.float32)).compile().as_text()
+    text = (
+        jax.jit(lambda s, x: s(x)).lower(split, np.zeros((16, D), np.float32)).compile().as_text()
+    )
     assert f"f32[{L // 8},{D}]" in text
     assert f"f32[{L},{D}]" not in text and f"f32[16,{L}]" not in text
 
