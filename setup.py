@@ -19,9 +19,11 @@ PACKAGES = [
     "saejax.gin",
     "saejax.latents",
     "saejax.model",
+    "saejax.plan",
     "saejax.subjects",
     "saejax.train",
     "saejax.viewer",
+    "launch",
     "pallas_kernels",
     "pallas_kernels.dense_sparse_matmul",
     "pallas_kernels.matmul_at_sparse_indices",
@@ -34,7 +36,7 @@ PACKAGE_DIR = {"saejax.gin": "gin"}
 
 PACKAGE_DATA = {
     "saejax": ["py.typed"],
-    "saejax.gin": ["*.gin"],
+    "saejax.gin": ["*.gin", "hardware/*.gin"],
     "saejax.subjects": ["embedded/*"],
     "saejax.viewer": ["static/*"],
 }

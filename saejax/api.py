@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from saejax import processes
 from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.arrays import ArraySource
@@ -48,7 +49,7 @@ def train(
         defaults are the paper's, but for the capacity of a sharded top-k.
       workdir: run directory for activations, checkpoints and metrics; calling again with the same
         one and the same arguments continues the run. None uses a temporary folder and keeps
-        nothing.
+        nothing; several processes need one that all of them see.
 
     Returns:
       The trained model, as `saejax.load` would return it.
@@ -56,6 +57,7 @@ def train(
     Raises:
       ValueError: settings that do not fit each other or the data, or a workdir that holds another
         run.
+      ConnectionError: of several processes, one did not start, or ended.
     """
     recipe = Recipe(
         sae=sae,
@@ -66,25 +68,34 @@ def train(
         mesh=mesh,
         checkpoint=checkpoint,
     )
-    make_mesh(resolve_mesh(recipe, jax.devices()))  # too few devices: found before anything is made
-    if workdir is None:
+    with processes.losses_named():
+        processes.join()
+        make_mesh(resolve_mesh(recipe, jax.devices()))  # too few: found before anything is made
+        if workdir is not None:
+            return _train(data, recipe, loader, RunDirectory(workdir))
+        if processes.count() > 1:
+            raise ValueError(
+                f"workdir = None keeps nothing, but the {processes.count()} processes of this run "
+                f"meet in its folder; give a workdir that all of them see"
+            )
         with tempfile.TemporaryDirectory(prefix="saejax-") as folder:
             return _train(data, recipe, loader, RunDirectory(folder))
-    return _train(data, recipe, loader, RunDirectory(workdir))
 
 
 def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -> SAE:
     parts = {"recipe": dataclasses.asdict(recipe), "loader": dataclasses.asdict(loader)}
     batch_size = recipe.train.batch_size
-    if isinstance(data, DataConfig):
+    stored = isinstance(data, DataConfig)
+    if stored:
         parts["data"] = {"class": type(data).__name__, **dataclasses.asdict(data)}
-        run.claim(parts, "", ["saejax.train"])
-        source = open_source(data, recipe.sae, loader, batch_size, run.activations)
-        batches, identity = source.batches, source.identity
     else:
         batches = ArraySource(np.asarray(data), batch_size, loader.seed)
         identity = {"array": batches.fingerprint}
-        run.claim(parts, "", ["saejax.train"])
+    processes.lead("claim of the run directory", lambda: run.claim(parts, "", ["saejax.train"]))
+    run.require_claim()
+    if stored:
+        source = open_source(data, recipe.sae, loader, batch_size, run.activations)
+        batches, identity = source.batches, source.identity
     return fit(
         recipe, batches, identity=identity, checkpoints=run.checkpoints, write_to=run.path
     ).sae

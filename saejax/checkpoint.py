@@ -39,17 +39,33 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run: `directory/<step>/`."""
 
-    def __init__(self, directory: pathlib.Path, keep: int | None = None):
-        """Opens (and creates on the first save) the folder of checkpoints."""
+    def __init__(self, directory: pathlib.Path, keep: int | None = None, *, alone: bool = False):
+        """Opens (and creates on the first save) the folder of checkpoints.
+
+        Args:
+          directory: the folder; all processes must see the same.
+          keep: newest checkpoints kept; None keeps all.
+          alone: this process reads by itself. Without it, several processes make every call
+            together, and each writes and reads its own shards.
+        """
         self.directory = directory.absolute()
+        among = ocp.options.MultiprocessingOptions()
+        if alone and jax.process_count() > 1:
+            own = jax.process_index()
+            among = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone{own}"
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
+                max_to_keep=keep,
+                create=not alone,
+                enable_async_checkpointing=False,
+                multiprocessing_options=among,
             ),
             item_handlers={
-                _STATE: ocp.StandardCheckpointHandler(),
-                _METADATA: ocp.JsonCheckpointHandler(),
+                _STATE: ocp.StandardCheckpointHandler(multiprocessing_options=among),
+                _METADATA: ocp.JsonCheckpointHandler(multiprocessing_options=among),
             },
         )
 

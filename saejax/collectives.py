@@ -46,9 +46,9 @@ def data_rows() -> int:
 
 
 @_named("tokens")
-def gather_tokens(x_bD: jax.Array) -> jax.Array:
-    """`[B, D]`: the data row's tokens, from the rows that each latent shard was fed."""
-    return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
+def gather_tokens(x_bD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`[B, D]` in `dtype`: the data row's tokens, from the rows each latent shard was fed."""
+    return lax.all_gather(x_bD.astype(dtype), LATENT, axis=0, tiled=True)
 
 
 @_named("reconstruction")
@@ -61,9 +61,9 @@ def sum_tokens(partial_BD: jax.Array) -> jax.Array:
 
 
 @_named("residual")
-def gather_residual(e_bD: jax.Array) -> jax.Array:
-    """`[B, D]`: the residuals of the data row's tokens, for the gradients of every shard."""
-    return lax.all_gather(e_bD, LATENT, axis=0, tiled=True)
+def gather_residual(e_bD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`[B, D]` in `dtype`: residuals of the data row's tokens, for every shard's gradients."""
+    return lax.all_gather(e_bD.astype(dtype), LATENT, axis=0, tiled=True)
 
 
 @_named("codes over data")

@@ -1,7 +1,4 @@
-"""The command line: `python -m saejax.main --gin_file=gin/quickstart.gin`.
-
-Flags, parse, run. Everything else is in `config.py` (what the run is) and `run.py` (what it does).
-"""
+"""`python -m saejax.main --gin_file=gin/quickstart.gin`: flags, parse, run; see `run.py`."""
 
 import logging
 import sys
@@ -11,19 +8,21 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
+from saejax import processes
+
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "Configuration file; a later one overrides.")
 flags.DEFINE_multi_string("gin_bindings", [], "One binding, 'SAE.k = 32'; overrides every file.")
 flags.DEFINE_string("workdir", None, "Run directory; default runs/<name of the first gin file>.")
 flags.DEFINE_bool("dry_run", False, "Print the configuration, shapes and costs, and stop.")
+flags.DEFINE_string("topology", None, "With --dry_run: plan for v5p:8x8x8, gpu:H100x512, cpu:8 ...")
 flags.DEFINE_bool("list_configurables", False, "Print everything a gin file can set, and stop.")
 flags.DEFINE_bool("debug", False, "Tracebacks of user errors and every library's log.")
 
 
 def run(argv: list[str]) -> int:
     """Does what the flags say and returns the exit code; user errors are raised."""
-    # Imported here: `--help` and a mistyped flag answer at once.
-    from saejax import config
+    from saejax import config, plan  # here, so that `--help` and a mistyped flag answer at once
 
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}; for a file write --gin_file={argv[1]}")
@@ -33,9 +32,11 @@ def run(argv: list[str]) -> int:
     if not FLAGS.gin_file:
         shipped = ", ".join(config.shipped_files())
         raise ValueError(f"--gin_file is missing; name a file of yours or one of {shipped}")
+    if FLAGS.topology:
+        plan.only_cpus(FLAGS.topology, dry_run=FLAGS.dry_run)
     experiment, operative, as_json = config.load_experiment(FLAGS.gin_file, FLAGS.gin_bindings)
     if FLAGS.dry_run:
-        print(operative, experiment.plan(), sep="\n")
+        print(operative, experiment.plan(FLAGS.topology), sep="\n")
         return 0
     workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[0]).stem)
     return experiment.run(workdir, operative_gin=operative, config_json=as_json, argv=sys.argv)
@@ -65,13 +66,12 @@ def _one_line(error: Exception) -> str:
     root = Path(__file__).resolve().parents[1]
     ours = any(root / name in origin.parents for name in ("saejax", "pallas_kernels"))
     # A library's ValueError may be our fault, not the user's: say how to see where it came from.
-    hint = "" if ours or isinstance(error, OSError) else " (--debug shows where)"
-    return text + hint
+    return text + ("" if ours or isinstance(error, OSError) else " (--debug shows where)")
 
 
 def console() -> None:
     """The `saejax` command."""
-    app.run(main)
+    app.run(lambda argv: processes.watched(lambda: main(argv), verbose=FLAGS.debug))
 
 
 if __name__ == "__main__":

@@ -35,5 +35,6 @@ class Recipe:
     def check_mesh(self, shape: MeshShape) -> None:
         """Raises ValueError unless model, batch and microbatch split over a mesh of this shape."""
         mesh_lib.check_divisible(shape, self.sae.n_latents, self.train.batch_size)
-        loss_spec(self.sae, self.loss, self.topk, shape.latent)
+        # Sizes alone are checked: naming a platform keeps JAX from starting its devices here.
+        loss_spec(self.sae, self.loss, self.topk, shape.latent, platform="cpu")
         self.train.chunks(shape)

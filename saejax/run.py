@@ -1,6 +1,9 @@
 """The experiment: stages over one run directory, each from what the previous one left there.
 
 harvest -> train -> evaluate -> report
+
+Among several processes, all harvest and train; the first one keeps the directory, evaluates and
+reports, while the others wait.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from saejax import plan
+from saejax import plan, processes
 from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.loader import LoaderConfig
@@ -92,10 +95,13 @@ class Experiment:
             checkpoint=self.checkpoint,
         )
 
-    def plan(self) -> str:
-        """Shapes, parameters, bytes per device and FLOPs per token, for `--dry_run`."""
-        shape = plan.resolve_mesh(self.recipe(), jax.devices())
-        return plan.describe(self.sae, self.loss, self.optimizer, self.train, shape)
+    def plan(self, topology: str | None = None) -> str:
+        """Memory, FLOPs, collectives and time, for `--dry_run`; see `plan.report`.
+
+        Args:
+          topology: hardware to plan for; None is what is present.
+        """
+        return plan.report(self.recipe(), topology)
 
     def run(
         self,
@@ -121,8 +127,30 @@ class Experiment:
         """
         began = time.monotonic()
         run = RunDirectory(workdir)
-        run.claim(config_json, operative_gin, argv)
-        make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))  # too few devices: found before the harvest, not after it
+        with processes.losses_named():
+            processes.join()
+            code = self._stages(run, operative_gin, config_json, argv)
+            processes.part()
+        if code == DONE:
+            _LOG.info("done in %s: %s", format_seconds(time.monotonic() - began), run.path)
+        else:
+            _LOG.info("stopped and saved; the same command continues")
+        return code
+
+    def _stages(
+        self,
+        run: RunDirectory,
+        operative_gin: str,
+        config_json: Mapping[str, Any],
+        argv: Sequence[str],
+    ) -> int:
+        def claim() -> None:
+            # Too few devices: found before the harvest, not after it.
+            run.claim(config_json, operative_gin, argv)
+            make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
+
+        processes.lead("claim of the run directory", claim)
+        run.require_claim()
         source = open_source(
             self.data, self.sae, self.loader, self.train.batch_size, run.activations
         )
@@ -136,14 +164,17 @@ class Experiment:
                 stop_requested=stop_requested,
             )
         if fitted.stopped:
-            _LOG.info("stopped and saved; the same command continues")
             return STOPPED
         if self.evaluation is not None:
-            statistics = self._evaluate(source, fitted, run)
-            if self.report is not None:
-                self._report(source, fitted, run, statistics, operative_gin)
-        _LOG.info("done in %s: %s", format_seconds(time.monotonic() - began), run.path)
+            processes.lead("evaluation", lambda: self._measure(source, fitted, run, operative_gin))
         return DONE
+
+    def _measure(
+        self, source: Source, fitted: Fitted, run: RunDirectory, operative_gin: str
+    ) -> None:
+        statistics = self._evaluate(source, fitted, run)
+        if self.report is not None:
+            self._report(source, fitted, run, statistics, operative_gin)
 
     def _evaluate(self, source: Source, fitted: Fitted, run: RunDirectory) -> LatentStatistics:
         extra: dict[str, Any] = {"dead_fraction_train": fitted.dead_fraction}

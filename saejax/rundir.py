@@ -79,6 +79,21 @@ class RunDirectory:
                 f"give a --workdir you may write to"
             ) from error
 
+    def require_claim(self, seconds: float = 30) -> None:
+        """Waits until the claim that another process made of the folder can be seen here.
+
+        Raises:
+          FileNotFoundError: it cannot; the processes do not share the file system.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.run_json.exists():
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    f"workdir = {self.path.absolute()} was made by process 0 and is not seen on "
+                    f"{platform.node()}; give a --workdir on a file system that all processes share"
+                )
+            time.sleep(0.1)
+
     def _refuse_other_run(self, new: Mapping[str, Any]) -> None:
         changed = config_differences(read_object(self.config_json), new)
         if changed:

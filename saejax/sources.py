@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from saejax.data.loader import Loader, LoaderConfig
@@ -43,7 +44,7 @@ class Source:
     """What the stages read.
 
     Attributes:
-      batches: training batches: `iterate(start_step)`, `sample_rows(n)`, `d_model`.
+      batches: training batches: `iterate(start_step, ranges=...)`, `sample_rows(n)`, `d_model`.
       held_out: starts a pass over blocks of raw held-out activations `[..., D]`.
       train_rows: starts a pass over training activations, for the PCA baseline.
       identity: fingerprints of the data; a resumed run must find the same.
@@ -99,7 +100,12 @@ def open_source(
         subject.check_site(config.site)
         check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
         train, held_out = harvest(
-            config, os.fspath(activations), subject=subject, batch_size=batch_size
+            config,
+            os.fspath(activations),
+            subject=subject,
+            batch_size=batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
     for store in (train, held_out):
         check_width(sae, store.spec.d_model, f"the store at {store.path}")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.data.feed import Ranges, check_ranges, take
+
 _PERMUTATION = 0
 
 
@@ -54,8 +56,11 @@ class ArraySource:
         """Rows that an epoch visits: whole batches."""
         return len(self._rows) // self.batch_size * self.batch_size
 
-    def batch(self, step: int) -> np.ndarray:
-        """Rows of batch `step`: `[batch_size, D]`; the tail of an epoch that fills none is left."""
+    def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
+        """The rows `ranges` of batch `step`, all by default: `[b, D]`; only those are copied.
+
+        The tail of an epoch that fills no batch is left.
+        """
         per_epoch = len(self._rows) // self.batch_size
         epoch, place = divmod(step, per_epoch)
         if self._order[0] != epoch:
@@ -63,13 +68,13 @@ class ArraySource:
             order = np.random.Generator(np.random.Philox(seed)).permutation(len(self._rows))
             self._order = (epoch, order)
         picked = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
-        return self._rows[picked]
+        return self._rows[take(picked, check_ranges(ranges, self.batch_size))]
 
-    def iterate(self, start_step: int = 0) -> Iterator[np.ndarray]:
+    def iterate(self, start_step: int = 0, ranges: Ranges | None = None) -> Iterator[np.ndarray]:
         """Batches from `start_step` on, without end."""
         step = start_step
         while True:
-            yield self.batch(step)
+            yield self.batch(step, ranges)
             step += 1
 
     def sample_rows(self, n: int) -> np.ndarray:

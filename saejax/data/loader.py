@@ -3,8 +3,9 @@
 The stream of training rows is the concatenation of epochs. An epoch holds every chunk of the store
 once, in an order drawn for (seed, epoch): rounds over all shards, each in a new order and giving
 another of its chunks, so that the chunks of one batch come from different shards wherever there
-are enough. Batch `step` is the rows [step * B, (step + 1) * B) of that stream; process p of P takes
-the p-th of P equal parts of it. So the only state is the step, whatever the number of processes.
+are enough. Batch `step` is the rows [step * B, (step + 1) * B) of that stream; a process asks for
+the ranges of it that its devices hold. So the only state is the step, whatever the number of
+processes.
 """
 
 import collections
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
+from saejax.data.feed import Ranges, check_ranges
 from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_keys
 from saejax.data.pending import Pending
 from saejax.data.shards import Store
@@ -48,39 +50,24 @@ class Loader:
     Attributes:
       store: the store.
       batch_size: rows of a global batch, B.
-      local_batch_size: rows of this process, B / process_count.
       d_model: width of the rows.
       wait_seconds: time that `iterate` has spent waiting for the disk.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        batch_size: int,
-        cfg: LoaderConfig | None = None,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
+    def __init__(self, store: Store, batch_size: int, cfg: LoaderConfig | None = None) -> None:
         """Opens a loader.
 
         Raises:
           ValueError: the store is unfinished; the batch size is no multiple or divisor of the
-            store's contexts_per_shard, or does not divide by the number of processes.
+            store's contexts_per_shard.
         """
         check_batch_size(batch_size, store.spec.contexts_per_shard)
-        if batch_size % process_count:
-            raise ValueError(
-                f"batch_size = {batch_size}: must be divisible by the {process_count} processes."
-            )
         store.require_complete()
         self.store = store
         self.batch_size = batch_size
-        self.local_batch_size = batch_size // process_count
         self.d_model = store.spec.d_model
         self.wait_seconds = 0.0
         self._cfg = cfg or LoaderConfig()
-        self._first = process_index * self.local_batch_size
         self._recent: collections.OrderedDict[tuple[int, int], Pending] = collections.OrderedDict()
 
     @property
@@ -88,17 +75,21 @@ class Loader:
         """Rows of the store."""
         return self.store.n_rows
 
-    def batch(self, step: int) -> np.ndarray:
-        """This process's rows of batch `step`: bfloat16 [local_batch_size, D]."""
-        return _rows(self._start(step))
+    def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
+        """The rows `ranges` of batch `step`, all by default: bfloat16 [b, D]; only those are read.
 
-    def provenance(self, step: int) -> np.ndarray:
-        """int64 [local_batch_size, 3]: shard, slot and token position of each row of `batch(step)`.
+        Raises:
+          ValueError: the ranges are no rows of a batch.
+        """
+        return _rows(self._start(step, ranges))
+
+    def provenance(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
+        """int64 [b, 3]: shard, slot and token position of each row of `batch(step, ranges)`.
 
         The slot's context is row `slot` of `store.read_contexts(shard)`.
         """
         parts = []
-        for shard, chunk, start, stop in self._pieces(step):
+        for shard, chunk, start, stop in self._pieces(step, ranges):
             part = np.empty((stop - start, 3), np.int64)
             part[:, 0] = shard
             part[:, 1] = np.arange(start, stop)
@@ -106,13 +97,15 @@ class Loader:
             parts.append(part)
         return np.concatenate(parts)
 
-    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[np.ndarray]:
+    def iterate(
+        self, start_step: int = 0, stop_step: int | None = None, ranges: Ranges | None = None
+    ) -> Iterator[np.ndarray]:
         """Batches from `start_step` on, read ahead; without end unless `stop_step` is given."""
         pending: collections.deque = collections.deque()
         ahead = start_step
         while True:
             while len(pending) <= self._cfg.prefetch and (stop_step is None or ahead < stop_step):
-                pending.append(self._start(ahead))
+                pending.append(self._start(ahead, ranges))
                 ahead += 1
             if not pending:
                 return
@@ -132,13 +125,15 @@ class Loader:
                 f"sample of {n} rows: the store at {self.store.path} has {self.store.n_rows}; ask "
                 "for at least 1 and at most that many."
             )
-        return _rows([(self._read(s, c), a, b) for s, c, a, b in self._stream(0, n)])
+        pieces = self._stream(0, n)
+        return _rows([(self.store.read_chunk(s, c), a, b) for s, c, a, b in pieces])
 
-    def _pieces(self, step: int) -> Iterator[tuple[int, int, int, int]]:
+    def _pieces(self, step: int, ranges: Ranges | None) -> Iterator[tuple[int, int, int, int]]:
         if step < 0:
             raise ValueError(f"step = {step}: must be 0 or more.")
-        start = step * self.batch_size + self._first
-        return self._stream(start, start + self.local_batch_size)
+        first = step * self.batch_size
+        for start, stop in check_ranges(ranges, self.batch_size):
+            yield from self._stream(first + start, first + stop)
 
     def _stream(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(shard, chunk, first slot, last slot + 1) of the rows [start, stop) of the stream."""
@@ -157,13 +152,13 @@ class Loader:
             yield int(shard), int(chunk), slot, end
             start += end - slot
 
-    def _start(self, step: int) -> list[tuple[Pending, int, int]]:
-        return [(self._read(s, c), a, b) for s, c, a, b in self._pieces(step)]
+    def _start(self, step: int, ranges: Ranges | None) -> list[tuple[Pending, int, int]]:
+        return [(self._read(s, c, b - a), a, b) for s, c, a, b in self._pieces(step, ranges)]
 
-    def _read(self, shard: int, chunk: int) -> Pending:
-        if self.local_batch_size >= self.store.spec.contexts_per_shard:
+    def _read(self, shard: int, chunk: int, rows: int) -> Pending:
+        if rows == self.store.spec.contexts_per_shard:
             return self.store.read_chunk(shard, chunk)
-        # Several batches share a chunk: keep the latest ones, so that each is read once.
+        # Other batches, or other ranges of this one, want the rest: keep the latest chunks.
         key = shard, chunk
         if key not in self._recent:
             self._recent[key] = self.store.read_chunk(shard, chunk)

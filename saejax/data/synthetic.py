@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.data.feed import Ranges, check_ranges, take
+
 # A family of keys of its own: fold_in(key, 0) is split(key)[0], which an initialiser of the same
 # seed draws its weights from, and a dictionary that starts as the truth recovers it.
 _FAMILY = 0x5AE_F00D
@@ -81,58 +83,48 @@ class Synthetic:
       cfg: the configuration.
       d_model: width of the rows.
       batch_size: rows of a global batch, B.
-      local_batch_size: rows of this process.
       wait_seconds: 0; nothing is read.
       features: float32 [F, D], the true unit directions.
       probabilities: float64 [F], how often each is active; falling.
     """
 
-    def __init__(
-        self,
-        cfg: SyntheticConfig,
-        batch_size: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
-        """Draws the features; ValueError unless the batch divides by the processes."""
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
-                f"batch_size = {batch_size}: must be a positive multiple of the {process_count} "
-                "processes."
-            )
+    def __init__(self, cfg: SyntheticConfig, batch_size: int) -> None:
+        """Draws the features; ValueError for an empty batch."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1.")
         self.cfg = cfg
         self.d_model = cfg.d_model
         self.batch_size = batch_size
-        self.local_batch_size = batch_size // process_count
         self.wait_seconds = 0.0
         self.probabilities = feature_probabilities(cfg)
         key = _key(cfg, _DIRECTIONS)
         directions_FD = np.asarray(jax.random.normal(key, (cfg.features, cfg.d_model)), np.float64)
         norms_F1 = np.linalg.norm(directions_FD, axis=1, keepdims=True)
         self.features = (directions_FD / norms_F1).astype(np.float32)
-        self._part = slice(
-            process_index * self.local_batch_size, (process_index + 1) * self.local_batch_size
-        )
 
     @property
     def tokens_per_epoch(self) -> int:
         """`cfg.rows`."""
         return self.cfg.rows
 
-    def batch(self, step: int) -> np.ndarray:
-        """This process's rows of batch `step`, float32 [local_batch_size, D]; pure in `step`."""
-        return self._draw(_TRAIN, step, self.batch_size)[0][self._part]
+    def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
+        """The rows `ranges` of batch `step`, all by default: float32 [b, D]; pure in `step`."""
+        # The whole batch is drawn: a product of fewer rows may round otherwise.
+        rows = self._draw(_TRAIN, step, self.batch_size)[0]
+        return take(rows, check_ranges(ranges, self.batch_size))
 
-    def magnitudes(self, step: int) -> np.ndarray:
-        """The true magnitudes of `batch(step)`, float32 [local_batch_size, F]; 0 where inactive."""
-        return self._draw(_TRAIN, step, self.batch_size)[1][self._part]
+    def magnitudes(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
+        """The true magnitudes of `batch(step, ranges)`, float32 [b, F]; 0 where inactive."""
+        magnitudes = self._draw(_TRAIN, step, self.batch_size)[1]
+        return take(magnitudes, check_ranges(ranges, self.batch_size))
 
-    def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[np.ndarray]:
+    def iterate(
+        self, start_step: int = 0, stop_step: int | None = None, ranges: Ranges | None = None
+    ) -> Iterator[np.ndarray]:
         """Batches from `start_step` on; without end unless `stop_step` is given."""
         step = start_step
         while stop_step is None or step < stop_step:
-            yield self.batch(step)
+            yield self.batch(step, ranges)
             step += 1
 
     def sample_rows(self, n: int) -> np.ndarray:
@@ -156,8 +148,8 @@ class Synthetic:
         if index < 0:
             raise ValueError(f"step = {index}: must be 0 or more.")
         probabilities_F = self.probabilities.astype(np.float32)
-        drawn = _draw(self.cfg, n, self.features, probabilities_F, stream, index)
-        return tuple(np.asarray(array) for array in drawn)
+        arguments = (self.features, probabilities_F, np.int32(stream), np.int32(index))
+        return jax.device_get(_draw(self.cfg, n, *jax.device_put(arguments)))
 
 
 def feature_probabilities(cfg: SyntheticConfig) -> np.ndarray:

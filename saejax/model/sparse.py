@@ -96,9 +96,7 @@ def _encode_backward(k, dtype, residuals, cotangents):
     x_BD, w_enc_LD, latent_bias_L, pre_bias_D, indices_BK = residuals
     d_values_BK, _ = cotangents
     n_latents = w_enc_LD.shape[0]
-    d_w_LD = sparse_transpose_matmul(
-        d_values_BK, indices_BK, x_BD - pre_bias_D, n_latents
-    )
+    d_w_LD = sparse_transpose_matmul(d_values_BK, indices_BK, x_BD - pre_bias_D, n_latents)
     d_bias_L = jnp.zeros(n_latents, d_values_BK.dtype)
     d_bias_L = d_bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
     d_pre_D = -jnp.matmul(d_bias_L, w_enc_LD, precision=PRECISION)
@@ -133,12 +131,8 @@ def _decode_forward(values_BK, indices_BK, w_dec_LD, dtype):
 
 def _decode_backward(dtype, residuals, d_out_BD):
     values_BK, indices_BK, w_dec_LD = residuals
-    d_values_BK = matmul_at_sparse_indices(
-        d_out_BD, w_dec_LD.astype(dtype), indices_BK
-    )
-    d_w_LD = sparse_transpose_matmul(
-        values_BK, indices_BK, d_out_BD, w_dec_LD.shape[0]
-    )
+    d_values_BK = matmul_at_sparse_indices(d_out_BD, w_dec_LD.astype(dtype), indices_BK)
+    d_w_LD = sparse_transpose_matmul(values_BK, indices_BK, d_out_BD, w_dec_LD.shape[0])
     return d_values_BK.astype(values_BK.dtype), None, d_w_LD
 
 

@@ -19,7 +19,7 @@ class Chip:
       name: as a topology names it.
       kind: of the accelerator.
       memory: bytes that a program may use, of the device's own memory.
-      bf16_flops, f32_flops: peak rate of products, operations per second; float32 at full precision.
+      bf16_flops, f32_flops: peak rate of products, operations per second (float32 in full).
       bandwidth: of that memory, bytes per second.
       link: bytes per second, one way, of a TPU's link to one neighbour, or from a GPU to the others
         of its host.
@@ -141,6 +141,11 @@ class Topology:
     devices: int
     sides: tuple[int, ...] = ()
 
+    @property
+    def closed(self) -> bool:
+        """Whether every side of the torus is a ring."""
+        return min(self.sides, default=0) >= self.chip.wraps
+
 
 def parse_topology(text: str) -> Topology:
     """The topology that a flag names.
@@ -151,12 +156,11 @@ def parse_topology(text: str) -> Topology:
     Raises:
       ValueError: the text has another form, or the chip is not known.
     """
-    tpus = [chip for chip in CHIPS.values() if chip.kind == "tpu"]
+    tpus = [f"{c.name}:{_TPU_SIDES[c.torus]}" for c in CHIPS.values() if c.kind == "tpu"]
+    gpus = [c.name for c in CHIPS.values() if c.kind == "gpu"]
     allowed = (
-        f"TPU and the sides of its slice ({', '.join(f'{c.name}:{_TPU_SIDES[c.torus]}' for c in tpus)}"
-        f" or other sides), gpu:<chip>x<count> with chip "
-        f"{', '.join(c.name for c in CHIPS.values() if c.kind == 'gpu')} (gpu:H100x512), or "
-        f"cpu:<count> (cpu:8)"
+        f"a TPU and the sides of its slice ({', '.join(tpus)}, or other sides), "
+        f"gpu:<chip>x<count> with chip {', '.join(gpus)} (gpu:H100x512), or cpu:<count> (cpu:8)"
     )
     refusal = ValueError(f"--topology={text} is not known; allowed: {allowed}")
     kind, _, size = text.partition(":")
@@ -196,18 +200,27 @@ def topology_of(devices: Sequence[jax.Device]) -> Topology | None:
                     sides=sides)  # fmt: skip
 
 
-def only_cpus(topology: Topology) -> None:
+def only_cpus(text: str, *, dry_run: bool = True) -> None:
     """Keeps this process from the accelerators that are present: a plan is for absent ones.
 
     To be called before anything asks JAX for a device.
 
+    Args:
+      text: the topology, see `parse_topology`.
+      dry_run: whether a plan is all that is asked for.
+
     Raises:
-      ValueError: JAX started already, with fewer CPU devices than the topology has.
+      ValueError: the topology is not known, or there is more to do than to plan; or JAX started
+        already, with fewer CPU devices than the topology has.
     """
+    if not dry_run:
+        raise ValueError(f"--topology={text} plans and does not run: add --dry_run")
+    topology = parse_topology(text)
     wanted = topology.devices if topology.chip.kind == "cpu" else 1
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", wanted)
+        if jax.config.jax_num_cpu_devices < wanted:
+            jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError as error:
         if len(jax.devices("cpu")) < wanted:
             raise ValueError(

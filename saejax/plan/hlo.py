@@ -9,7 +9,7 @@ under.
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -31,6 +31,7 @@ _ITEM = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|async_wrapped|called_computations)=\{?%?([\w.\-]+)")
+_SCALARS = 64  # bytes: less is a count or a sum, whatever became of its name
 _NEIGHBOURS = 3  # instructions to follow from one whose own origin the compiler dropped
 
 
@@ -96,12 +97,17 @@ class Program:
         """
         self.computations, self.entry = _parse(text)
         self._shape, self._scopes = shape, scopes
-        self._seen: dict[str, list[Collective]] = {}
 
-    def collectives(self) -> list[Collective]:
-        """All of them, those alike in name, kind and axis as one; most bytes first."""
+    def collectives(self, expected: Sequence[Collective] = ()) -> list[Collective]:
+        """All of them, those alike in name, kind and axis as one; most bytes first.
+
+        Args:
+          expected: what should be there. The compiler drops the origin of some that it rewrites;
+            one without a name takes that of an expected one of the same axis, calls and bytes, if
+            no other has it.
+        """
         merged: dict[tuple[str, str, str], Collective] = {}
-        for one in self._walk(self.entry, ""):
+        for one in _identify(self._walk(self.entry, ""), expected):
             key = (one.name, one.kind, one.axis)
             if key in merged:
                 one = dataclasses.replace(
@@ -117,10 +123,10 @@ class Program:
         found, body = [], self.computations[name]
         for instruction in body.values():
             if instruction.kind:
-                found.append(self._collective(instruction, body, name, caller))
+                one = self._collective(instruction, body, name, caller)
+                found += [one] if one.axis else []  # among one device each: no traffic
                 continue
-            scope = self._scope(instruction, body) if instruction.called() else UNNAMED
-            scope = caller if scope == UNNAMED else scope
+            scope = self._known(instruction.origin) or caller
             if instruction.opcode == "conditional":
                 branches = [self._walk(b, scope) for b in _branches(instruction)]
                 found += max(branches, key=lambda b: sum(c.bytes for c in b))
@@ -148,18 +154,16 @@ class Program:
         return Collective(name=name, kind=kind, axis=self._axis(groups), calls=1.0, bytes=size)
 
     def _scope(self, instruction: _Instruction, body: _Computation) -> str:
-        """The known scope of an instruction, or of what it is computed from or for, if it has none.
-
-        The compiler drops the origin of what it rewrites.
-        """
+        """The known scope of an instruction, or of what it is computed from if it has no origin."""
         own = self._origin(instruction)
         if own or instruction.origin or instruction.kind is None:
             return own or UNNAMED
-        users, seen, ring = _users(body), {instruction.name}, [instruction.name]
+        # Only along the data: what indexes it comes from elsewhere.
+        least = max((_bytes(body[o].type) for o in instruction.operands if o in body), default=0)
+        ring = [instruction.name]
         for _ in range(_NEIGHBOURS):
-            ring = [o for n in ring for o in (*body[n].operands, *users.get(n, ())) if o in body]
-            ring = [n for n in dict.fromkeys(ring) if n not in seen]
-            seen |= set(ring)
+            above = [body[o] for n in ring for o in body[n].operands if o in body]
+            ring = [i.name for i in above if _bytes(i.type) >= least]
             names = [name for n in ring if (name := self._origin(body[n]))]
             if names:
                 return names[0]
@@ -177,8 +181,9 @@ class Program:
         return None
 
     def _known(self, origin: str) -> str | None:
-        """The known scopes of an origin: 'auxk tokens' of 'jit(step)/auxk/while/tokens/all_gather'."""
-        return " ".join(part for part in origin.split("/") if part in self._scopes) or None
+        """The known scopes of an origin: 'auxk tokens' of 'jit(step)/auxk/tokens/all_gather'."""
+        parts = [part for part in origin.split("/") if part in self._scopes]
+        return " ".join(dict.fromkeys(parts)) or None
 
     def _axis(self, groups: np.ndarray) -> str:
         rows, columns = groups // self._shape.latent, groups % self._shape.latent
@@ -234,12 +239,26 @@ def _branches(conditional: _Instruction) -> Iterator[str]:
     yield from re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", conditional.text)
 
 
-def _users(body: _Computation) -> dict[str, list[str]]:
-    users: dict[str, list[str]] = {}
-    for instruction in body.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction.name)
-    return users
+def _identify(found: Sequence[Collective], expected: Sequence[Collective]) -> list[Collective]:
+    """`found`, with names for those that have none of their own; see `Program.collectives`."""
+    known = {one.name for one in expected}
+    missing = [one for one in expected if one.name not in {f.name for f in found}]
+    named = []
+    for one in found:
+        if one.name not in known:
+            alike = [
+                m
+                for m in missing
+                if (m.axis, m.calls, m.bytes) == (one.axis, one.calls, one.bytes)
+                and (one.name == UNNAMED or m.name.startswith(one.name))
+            ]
+            if alike:
+                missing.remove(alike[0])
+                one = dataclasses.replace(one, name=alike[0].name)
+            elif one.name == UNNAMED and one.bytes <= _SCALARS * one.calls:
+                one = dataclasses.replace(one, name="scalars")
+        named.append(one)
+    return named
 
 
 def _bytes(type_: str) -> int:
@@ -261,7 +280,8 @@ def _groups(text: str, size: int) -> np.ndarray:
         return np.array([[int(i) for i in g.split(",")] for g in found[1][1:-1].split("},{")])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _iota(found[2], found[3]).reshape(_ints(found[1]))
-    named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    named = rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}"
     if found := re.search(named, text):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         ids = _iota(found[2], found[3]) if found[2] else np.arange(size)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from saejax.mesh import MeshShape
 from saejax.train import hooks
@@ -84,7 +83,8 @@ class Watch:
       save: writes a checkpoint.
       save_every: steps between checkpoints; the last step is always saved.
       write: takes each metrics record.
-      stop_requested: asked after every step.
+      stop_requested: asked once a step, after it was dispatched; among several processes its answer
+        must be the same in all.
     """
 
     save: Callable[[TrainState], None]
@@ -97,21 +97,22 @@ def run_steps(
     step_fn: Callable,
     state: TrainState,
     batches: Iterable[np.ndarray],
-    sharding: NamedSharding,
+    place: Callable[[np.ndarray], jax.Array],
     config: TrainConfig,
     watch: Watch,
 ) -> TrainState:
     """Trains from `state.step` to the end of `config`, or until asked to stop.
 
-    Order of events, per step: dispatch step i; check and count the metrics of step i - 1, which
-    overlaps with it; record if due; save if due. A state is saved only after its own metrics were
-    found finite. When asked to stop, the current step is finished and saved.
+    Order of events, per step: dispatch step i; read batch i + 1 and start its transfer; check and
+    count the metrics of step i - 1; record if due; save if due. All but the record and the save
+    overlap with step i. A state is saved only after its own metrics were found finite. When asked
+    to stop, the current step is finished and saved.
 
     Args:
       step_fn: the compiled step.
       state: where to begin; donated.
-      batches: raw activations `[batch_size, D]` from step `state.step` on.
-      sharding: of a batch.
+      batches: raw activations from step `state.step` on, the rows that this process holds.
+      place: starts the transfer of a batch to the devices (`Feed.place`).
       config: length and cadence.
       watch: what is called on the way.
 
@@ -122,19 +123,20 @@ def run_steps(
       FloatingPointError: the loss is not finite.
       ValueError: the batches ended too soon.
     """
-    first, last, started = int(state.step), config.steps, time.monotonic()
+    first, variance = int(state.step), float(state.variance)
     n_latents = state.tokens_since_fired.shape[0]
-    window = hooks.Window(float(state.variance))
-    # Forced CPU devices deadlock when steps queue up; a real accelerator wants the queue.
-    block = jax.default_backend() == "cpu" and len(sharding.device_set) > 1
-    stop, done = False, first
-    for done, rows in zip(range(first + 1, last + 1), batches, strict=False):
-        state, metrics = step_fn(state, jax.device_put(rows, sharding))
+    last, started = config.steps, time.monotonic()
+    window = hooks.Window(variance)
+    source = iter(batches)
+    arriving = _next(source, place, first, last)
+    block = _must_block(arriving)
+    for done in range(first + 1, last + 1):
+        state, metrics = step_fn(state, arriving)
+        arriving = _next(source, place, done, last)
         if block:
             jax.block_until_ready(metrics)
         window.add(done, metrics)
-        stop = watch.stop_requested()
-        ending = stop or done == last
+        ending = watch.stop_requested() or done == last
         if ending or done % config.log_every == 0:
             record = window.close(done, n_latents, done * config.batch_size)
             watch.write(record)
@@ -145,9 +147,24 @@ def run_steps(
             watch.save(state)
         if ending:
             break
-    if done < last and not stop:
-        raise ValueError(
-            f"the activations ended after step {done} of {last}; provide more tokens or lower "
-            f"Train.tokens"
-        )
     return state
+
+
+def _next(
+    source: Iterator[np.ndarray], place: Callable[[np.ndarray], jax.Array], done: int, last: int
+) -> jax.Array | None:
+    """The batch after step `done` on its way to the devices; None after the last step."""
+    if done >= last:
+        return None
+    for rows in source:
+        return place(rows)
+    raise ValueError(
+        f"the activations ended after step {done} of {last}; provide more tokens or lower "
+        f"Train.tokens"
+    )
+
+
+def _must_block(batch: jax.Array | None) -> bool:
+    """Whether steps may not queue up: CPU devices that talk to each other would deadlock."""
+    devices = () if batch is None else batch.sharding.device_set
+    return len(devices) > 1 and next(iter(devices)).platform == "cpu"

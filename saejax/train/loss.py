@@ -229,7 +229,7 @@ def add_reconstruction(
       spec: static settings.
     """
     centred_bD = x_bD - weights["pre_bias"]
-    centred_BD = collectives.gather_tokens(centred_bD.astype(spec.dtype))
+    centred_BD = collectives.gather_tokens(centred_bD, spec.dtype)
     h_BL = sparse.of_centred(centred_BD, weights["w_enc"], weights["latent_bias"])
     n_latents = h_BL.shape[1]
     offered = max(s.capacity for s in (spec.main, spec.multi) if s is not None)
@@ -238,7 +238,7 @@ def add_reconstruction(
     def term(total, wanted: Selection, coefficient: float):
         code, cut = _keep(values_BC, indices_BC, wanted, n_latents, n_latents, spec)
         e_bD = centred_bD - collectives.sum_tokens(code.decode(weights["w_dec"]))
-        e_BD = collectives.gather_residual(e_bD.astype(spec.dtype))
+        e_BD = collectives.gather_residual(e_bD, spec.dtype)
         factor = -2 * coefficient * scale
         total = add_gradients(
             total,
@@ -295,12 +295,12 @@ def add_auxk(
     Returns:
       The gradients, `sum ||e - e_hat||^2` over own rows, and the tokens at capacity (see `select`).
     """
-    centred_BD = collectives.gather_tokens((x_bD - dead["pre_bias"]).astype(spec.dtype))
+    centred_BD = collectives.gather_tokens(x_bD - dead["pre_bias"], spec.dtype)
     h_BC = sparse.of_centred(centred_BD, dead["w_enc"], dead["latent_bias"])
     h_BC = jnp.where(alive_C, -jnp.inf, h_BC)
     code, cut = select(h_BC, spec.aux, (~alive_C).sum(), spec)
     rest_bD = e_bD - collectives.sum_tokens(code.decode(dead["w_dec"]))
-    rest_BD = collectives.gather_residual(rest_bD.astype(spec.dtype))
+    rest_BD = collectives.gather_residual(rest_bD, spec.dtype)
     total = add_gradients(
         total, code, rest_BD, centred_BD, dead["w_dec"], -2 * scale, gather_codes=False
     )

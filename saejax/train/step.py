@@ -25,7 +25,7 @@ _AUXK_CAPACITY_GROWTH = 8
 _COUNTER_LIMIT = 2**30
 
 
-def _auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
+def auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
     """Block sizes for dead latents, from 0 to all of a shard's latents."""
     sizes, size = [0], min(k_aux, n_latents)
     while size < n_latents:
@@ -138,7 +138,7 @@ def _auxk(gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
     none = jnp.zeros((), jnp.int32)
     if not spec.loss.auxk_coefficient:
         return gradients, (jnp.zeros((), e_NbD.dtype), none, none)
-    capacities = _auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
+    capacities = auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
     # The same branch everywhere: the branches talk to each other.
     most_dead = collectives.largest_over_latents(dead_L.sum(dtype=jnp.int32))
     branch = sum((most_dead > size).astype(jnp.int32) for size in capacities[:-1])

@@ -17,6 +17,7 @@ Harvest.contexts_per_shard = 64
 Harvest.held_out_tokens = 8000
 SAE.n_latents = 256
 SAE.k = 8
+Mesh.mesh_shape = (1, 1)
 Train.tokens = 30_720
 Train.batch_size = 256
 Train.sample_rows = 2048

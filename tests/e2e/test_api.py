@@ -136,8 +136,10 @@ def test_arrays_of_jax_and_of_other_precisions(run, rows):
 
 
 def test_too_few_devices_are_found_before_anything_is_made(rows, tmp_path):
-    with pytest.raises(ValueError, match="16 x 1 asks for 16 devices, but 8 are present"):
-        saejax.train(rows, **ARGUMENTS, mesh=MeshConfig(mesh_shape=(16, 1)), workdir=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"\(16, 1\) asks for 16 devices, but 8 are present"):
+        saejax.train(
+            rows, **ARGUMENTS, mesh=MeshConfig(mesh_shape=(16, 1)), workdir=tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -164,7 +164,10 @@ def test_a_gin_file_that_is_not_utf8(command, finished, tmp_path):
             ["Loss.multi_topk_factor = 4", "SAE.k = 9", "SAE.n_latents = 32", "lower one"],
         ),
         ("Mesh.mesh_shape = (3, 1)", ["Train.batch_size = 64", "3 devices", "multiple is 66"]),
-        ("Mesh.mesh_shape = (1, 5)", ["SAE.n_latents = 32", "mesh_shape = (1, 5)", "multiple is 35"]),
+        (
+            "Mesh.mesh_shape = (1, 5)",
+            ["SAE.n_latents = 32", "mesh_shape = (1, 5)", "multiple is 35"],
+        ),
         ("Train.microbatch_size = 48", ["Train.microbatch_size = 48", "= 64", "is 32"]),
         ("Train.tokens = 63", ["tokens = 63", "batch_size = 64", "lower batch_size"]),
         ("Train.tokens = 0", ["tokens = 0", "at least 1"]),

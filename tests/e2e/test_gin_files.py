@@ -8,8 +8,12 @@ import pytest
 from absl import flags
 
 from saejax import config, main
+from saejax.plan.hardware import parse_topology
 
 SHIPPED = config.shipped_files()
+HARDWARE = sorted(
+    f"gin/hardware/{f.name}" for f in config.find_file("gin/base.gin").parent.glob("hardware/*.gin")
+)
 SIZES = {  # d_model, latents, k, devices along 'latent', microbatches a step
     "gin/gpt2_small_32k.gin": (768, 32_768, 32, 1, 4),
     "gin/gpt2_small_128k.gin": (768, 131_072, 32, 1, 8),
@@ -41,7 +45,7 @@ def dry_run(capsys, tmp_path, monkeypatch):
         try:
             code = main.main(flags.FLAGS(["saejax", *given, "--dry_run"]))
         finally:
-            for name in ("gin_file", "gin_bindings", "workdir", "dry_run"):
+            for name in ("gin_file", "gin_bindings", "workdir", "dry_run", "topology"):
                 flags.FLAGS[name].unparse()
         out, err = capsys.readouterr()
         assert code == 0 and err == "", err
@@ -57,7 +61,26 @@ def test_the_header_says_what_it_is_and_how_to_run_it(name, dry_run):
     assert re.match(r"# [A-Z].*[.:?]", first), first
     command = own_command(name)
     assert command[0] == f"--gin_file={name}"
-    assert "parameters" in dry_run([flag for flag in command if flag != "--dry_run"])
+    # For hardware that is not there the plan may compile for minutes, where a compiler is.
+    left_out = ("--dry_run", "--topology")
+    assert "parameters" in dry_run([flag for flag in command if not flag.startswith(left_out)])
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_hardware_file_overrides_the_run_files_it_names(name, tmp_path):
+    (command,) = re.findall(r"^#   (--gin_file=.*)$", header(name), re.MULTILINE)
+    given = shlex.split(command)
+    files = [flag.removeprefix("--gin_file=") for flag in given if flag.startswith("--gin_file=")]
+    bindings = [f.removeprefix("--gin_bindings=") for f in given if f.startswith("--gin_bindings=")]
+    assert files[-1] == name
+    built, _, _ = config.load_experiment(files, bindings)
+    devices = int(re.search(r"_(\d+)\.gin$", name)[1])
+    assert built.mesh.shape.size == devices
+    topologies = re.findall(r"\((\w+:\w+)\)", header(name).splitlines()[0])
+    assert [parse_topology(t).devices for t in topologies] == [devices]
+    # A part of runs, not one.
+    with pytest.raises(ValueError, match=r"Experiment.\w+|SAE\.\w+|never"):
+        config.load_experiment([name])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -73,8 +96,9 @@ def test_a_dry_run_prints_the_configuration_and_the_costs(name, dry_run, tmp_pat
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_promised_sizes(name, dry_run):
-    plan = dry_run([f"--gin_file={name}"]).partition("\n\nmesh ")[2]
     d_model, n_latents, k, latent, chunks = SIZES[name]
+    mesh = f"--gin_bindings=Mesh.mesh_shape = (1, {latent})"  # of 'auto', the tests' devices
+    plan = dry_run([f"--gin_file={name}", mesh]).partition("\n\nmesh ")[2]
     built, _, _ = config.load_experiment([name])
     assert (built.sae.d_model, built.sae.n_latents, built.sae.k) == (d_model, n_latents, k)
     assert f"data 1 x latent {latent} = {latent} devices" in plan
@@ -108,4 +132,4 @@ def test_the_base_is_no_run(tmp_path):
 def test_every_file_is_shipped():
     root = Path(__file__).resolve().parents[2]
     present = {f.relative_to(root).as_posix() for f in (root / "gin").rglob("*.gin")}
-    assert present - {"gin/base.gin"} == set(SHIPPED)
+    assert present - {"gin/base.gin"} == set(SHIPPED) | set(HARDWARE)

@@ -143,7 +143,7 @@ def test_tokens_are_gathered_in_order(mesh_shape):
     x = jnp.arange(48.0).reshape(16, 3)
     shares = on_mesh(
         mesh_shape,
-        lambda x: (collectives.reduce_over_data(collectives.gather_tokens(x)),),
+        lambda x: (collectives.reduce_over_data(collectives.gather_tokens(x, x.dtype)),),
         ("tokens",),
         ("replicated",),
     )
@@ -157,7 +157,7 @@ def test_the_sum_of_all_shards_comes_back_in_own_rows(mesh_shape):
 
     def fn(x_bD):
         shard = 1.0 + jax.lax.axis_index(mesh_lib.LATENT)
-        return (collectives.sum_tokens(shard * collectives.gather_tokens(x_bD)),)
+        return (collectives.sum_tokens(shard * collectives.gather_tokens(x_bD, x_bD.dtype)),)
 
     got = on_mesh(mesh_shape, fn, ("tokens",), ("tokens",))(x)[0]
     np.testing.assert_array_equal(got, x * sum(range(1, mesh_shape[1] + 1)))

@@ -45,6 +45,15 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not np.array_equal(other.batch(0), whole[0])
 
 
+def test_a_process_gets_its_rows_of_the_global_batch():
+    source, ranges = ArraySource(numbered(20), 8), ((0, 1), (3, 5))
+    for step in range(5):
+        np.testing.assert_array_equal(source.batch(step, ranges), source.batch(step)[[0, 3, 4]])
+    np.testing.assert_array_equal(next(source.iterate(4, ranges)), source.batch(4)[[0, 3, 4]])
+    with pytest.raises(ValueError, match="must be ascending, disjoint"):
+        source.batch(0, ((3, 5), (0, 1)))
+
+
 def test_the_sample_is_the_start_of_the_stream():
     source = ArraySource(numbered(20), 4)
     stream = np.concatenate([source.batch(step) for step in range(5)])

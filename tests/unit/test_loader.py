@@ -40,8 +40,8 @@ def make(path, spec=SPEC):
     return store
 
 
-def loader(store, batch_size, prefetch=2, seed=0, **kwargs):
-    return Loader(store, batch_size, LoaderConfig(seed=seed, prefetch=prefetch), **kwargs)
+def loader(store, batch_size, prefetch=2, seed=0):
+    return Loader(store, batch_size, LoaderConfig(seed=seed, prefetch=prefetch))
 
 
 SIZES = (1, 4, 8, 16, 32, 48, 80, 96, 160)
@@ -117,17 +117,43 @@ def test_chunk_order_is_what_checkpoints_resume_into():
     ]
 
 
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_processes_share_one_global_order(store, processes):
-    for size in (8, 16, 96):
-        parts = [
-            loader(store, size, process_index=i, process_count=processes) for i in range(processes)
-        ]
-        assert parts[0].local_batch_size == size // processes
-        for step in range(TOTAL // size + 1):
-            together = np.concatenate([part.batch(step) for part in parts])
-            np.testing.assert_array_equal(together, loader(store, size).batch(step))
-    np.testing.assert_array_equal(parts[1].sample_rows(40), parts[0].sample_rows(40))
+RANGES = [((0, 8),), ((8, 16),), ((0, 3), (5, 6), (9, 16)), ((0, 1), (15, 16)), ((4, 12),)]
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize("size", [16, 32, 48, 96])
+def test_a_process_gets_its_rows_of_the_global_batch(store, size, ranges):
+    ranges = tuple((a * size // 16, b * size // 16) for a, b in ranges)
+    rows = np.concatenate([np.arange(a, b) for a, b in ranges])
+    batches = loader(store, size)
+    parts = list(batches.iterate(2, 2 + TOTAL // size, ranges))
+    for step, part in enumerate(parts, 2):
+        whole = loader(store, size).batch(step)
+        np.testing.assert_array_equal(part, whole[rows])
+        np.testing.assert_array_equal(batches.batch(step, ranges), whole[rows])
+        np.testing.assert_array_equal(batches.provenance(step, ranges), part.astype(np.int64))
+
+
+def test_only_the_chunks_with_rows_of_a_process_are_read(store, monkeypatch):
+    read = []
+    real = type(store).read_chunk
+    monkeypatch.setattr(
+        type(store), "read_chunk", lambda s, *chunk: read.append(chunk) or real(s, *chunk)
+    )
+    loader(store, 4 * CONTEXTS).batch(0, ((CONTEXTS, 2 * CONTEXTS),))
+    assert len(read) == 1
+    read.clear()
+    # Three ranges of two chunks: each chunk is read once.
+    loader(store, 4 * CONTEXTS).batch(0, ((0, 2), (4, 6), (CONTEXTS - 1, CONTEXTS + 1)))
+    assert len(read) == len(set(read)) == 2
+
+
+@pytest.mark.parametrize(
+    "ranges", [(), ((0, 17),), ((-1, 4),), ((4, 4),), ((8, 12), (0, 4)), ((0, 8), (4, 12))]
+)
+def test_ranges_that_are_no_rows_of_a_batch_are_refused(store, ranges):
+    with pytest.raises(ValueError, match=r"ranges = .* must be ascending, disjoint .* of 16"):
+        loader(store, 16).batch(0, ranges)
 
 
 def test_sample_is_the_start_of_the_stream(store):
@@ -142,8 +168,6 @@ def test_sample_is_the_start_of_the_stream(store):
 def test_wrong_sizes_are_refused_with_the_allowed_ones(store):
     with pytest.raises(ValueError, match=r"batch_size = 24.*multiple of 16.*\[1, 2, 4, 8\]"):
         Loader(store, 24)
-    with pytest.raises(ValueError, match="3 processes"):
-        Loader(store, 16, process_count=3)
     with pytest.raises(ValueError, match="step = -1"):
         Loader(store, 16).batch(-1)
     with pytest.raises(ValueError, match="prefetch"):

@@ -1,6 +1,7 @@
 """The training loop: the order of events, sums of a window, and a stop at numbers that are none."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -11,9 +12,19 @@ import numpy as np
 import pytest
 
 from saejax import mesh as mesh_lib
+from saejax.capacity import TopKConfig
+from saejax.data.arrays import ArraySource
+from saejax.data.feed import Feed
+from saejax.fit import AgreedStop
 from saejax.mesh import MeshShape
+from saejax.model.normalizer import Normalizer
+from saejax.model.sae import SAEConfig
 from saejax.train import hooks
+from saejax.train import state as state_lib
 from saejax.train.loop import TrainConfig, Watch, run_steps
+from saejax.train.loss import LossConfig
+from saejax.train.optim import OptimizerConfig
+from saejax.train.step import jit_step, make_step
 from saejax.types import StepMetrics, TrainState
 
 LATENTS, BATCH = 10, 4
@@ -22,9 +33,11 @@ LATENTS, BATCH = 10, 4
 def metrics(**changes) -> StepMetrics:
     values = {
         "tokens": BATCH, "squared_error": 2.0, "multi_squared_error": 0.0, "active": 8,
-        "dead": 1, "auxk": 0.5, "auxk_skipped": 0, "grad_norm": 1.0, "learning_rate": 0.1,
+        "dead": 1, "auxk": 0.5, "auxk_skipped": 0, "at_capacity": 0, "multi_at_capacity": 0,
+        "auxk_at_capacity": 0, "token_shard_pairs": BATCH, "grad_norm": 1.0, "learning_rate": 0.1,
     } | changes  # fmt: skip
-    whole = ("tokens", "active", "dead", "auxk_skipped")
+    real = {"squared_error", "multi_squared_error", "auxk", "grad_norm", "learning_rate"}
+    whole = set(values) - real
     return StepMetrics(
         **{k: jnp.asarray(v, jnp.int32 if k in whole else jnp.float32) for k, v in values.items()}
     )
@@ -45,7 +58,7 @@ class Recorder:
     """A step and a watch that write down what the loop does with them."""
 
     def __init__(self, steps=7, save_every=3, log_every=2, stop_at=None, bad=None):
-        self.events, self.records = [], []
+        self.events, self.records, self.placed = [], [], []
         self.config = TrainConfig(tokens=steps * BATCH, batch_size=BATCH, log_every=log_every)
         self.bad = bad or {}
         self.stop_at = stop_at
@@ -72,8 +85,11 @@ class Recorder:
 
     def run(self, first=0, available=100) -> TrainState:
         rows = (np.full((BATCH, 3), i + 1, np.float32) for i in range(first, available))
-        sharding = mesh_lib.token_sharding(mesh_lib.make_mesh(MeshShape()))
-        return run_steps(self.step, state(first), rows, sharding, self.config, self.watch)
+        return run_steps(self.step, state(first), rows, self.place, self.config, self.watch)
+
+    def place(self, rows) -> jax.Array:
+        self.placed.append(self.events[-1] if self.events else "start")
+        return jax.device_put(rows)
 
 
 # --- The order of events --------------------------------------------------------------------------
@@ -87,6 +103,12 @@ def test_records_and_checkpoints_come_when_they_are_due():
         "step 6", "write 6", "save 6", "step 7", "write 7", "save 7",
     ]  # fmt: skip
     assert [r["tokens"] for r in loop.records] == [2 * BATCH, 4 * BATCH, 6 * BATCH, 7 * BATCH]
+
+
+def test_the_next_batch_is_on_its_way_while_a_step_runs():
+    loop = Recorder()
+    loop.run(available=7)  # and none is read that no step needs
+    assert loop.placed == ["start", *(f"step {done}" for done in range(1, 7))]
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -130,6 +152,40 @@ def test_a_state_is_saved_only_if_its_own_numbers_are_finite(name, value, step):
     assert f"step {step + 2}" not in loop.events
 
 
+# --- Nothing but steps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_the_loop_compiles_once_and_transfers_batches_and_metrics_only(shape):
+    """Batches in and metrics out are explicit; whatever else moved would be implicit, and raise."""
+    mesh = mesh_lib.make_mesh(MeshShape(*shape))
+    sae, optimizer = SAEConfig(d_model=16, n_latents=64, k=4), OptimizerConfig()
+    config = TrainConfig(tokens=6 * 64, batch_size=64, log_every=2)
+    rows = np.random.default_rng(0).normal(size=(256, 16)).astype(np.float32)
+    create = functools.partial(state_lib.create, 0, sae, optimizer, 6, rows, mesh)
+    step = make_step(
+        sae, LossConfig(dead_tokens=64), optimizer, TopKConfig(), Normalizer(kind="none"), mesh,
+        batch_tokens=64, chunks=1, steps=6,
+    )  # fmt: skip
+    step_fn = jit_step(step, create(), mesh)
+    source, feed = ArraySource(rows, 64), Feed(mesh_lib.token_sharding(mesh), 64)
+    stop = AgreedStop(lambda: False, mesh)
+    watch = Watch(save=lambda s: None, save_every=9, write=lambda r: None, stop_requested=stop)
+
+    run_steps(step_fn, create(), source.iterate(0), feed.place, config, watch)  # compiles
+    state, compiled = create(), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    try:
+        with jax.transfer_guard("disallow"):
+            final = run_steps(step_fn, state, source.iterate(0), feed.place, config, watch)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert int(final.step) == 6
+    assert step_fn._cache_size() == 1 and compiled == []
+
+
 # --- Windows --------------------------------------------------------------------------------------
 
 
@@ -140,7 +196,8 @@ def test_a_window_divides_sums_once():
         2,
         metrics(
             squared_error=7.0, multi_squared_error=5.0, tokens=30, active=60, dead=3, auxk=2.0,
-            auxk_skipped=1, grad_norm=9.0, learning_rate=0.25,
+            auxk_skipped=1, at_capacity=10, auxk_at_capacity=5, token_shard_pairs=16,
+            grad_norm=9.0, learning_rate=0.25,
         ),
     )  # fmt: skip
     record = window.close(2, LATENTS, 40)
@@ -148,6 +205,7 @@ def test_a_window_divides_sums_once():
     assert record == {
         "step": 2, "tokens": 40, "nmse": 10 / (40 * 0.5), "multi_nmse": 5 / (40 * 0.5),
         "l0": 100 / 40, "dead_fraction": 3 / LATENTS, "auxk": 1.5, "auxk_skipped": 1,
+        "at_capacity": 10 / 20, "multi_at_capacity": 0, "auxk_at_capacity": 5 / 20,
         "grad_norm": 9.0, "learning_rate": 0.25,
     }  # fmt: skip
     assert all(type(value) is float for value in record.values())
@@ -181,15 +239,19 @@ def test_whole_batches_only():
     assert TrainConfig(tokens=100, batch_size=100).steps == 1
 
 
-def test_microbatches_divide_a_rows_share():
+def test_microbatches_divide_a_rows_share_and_split_over_its_devices():
     config = TrainConfig(tokens=1024, batch_size=512, microbatch_size=64)
-    assert (config.chunks(1), config.chunks(2), config.chunks(8)) == (8, 4, 1)
-    assert TrainConfig(tokens=1024, batch_size=512).chunks(4) == 1
-    for size, data, fits in ((96, 1, 64), (96, 16, 32), (1024, 1, 512), (3, 1, 2)):
+    shapes = [MeshShape(1, 1), MeshShape(2, 1), MeshShape(8, 1), MeshShape(1, 64)]
+    assert [config.chunks(shape) for shape in shapes] == [8, 4, 1, 8]
+    assert TrainConfig(tokens=1024, batch_size=512).chunks(MeshShape(4, 2)) == 1
+    for size, data, latent, fits in (
+        (96, 1, 1, 64), (96, 16, 1, 32), (1024, 1, 1, 512), (3, 1, 1, 2), (64, 1, 128, 128),
+        (24, 2, 8, 16),
+    ):  # fmt: skip
         config = dataclasses.replace(config, microbatch_size=size)
-        message = rf"microbatch_size = {size} must divide .* = {512 // data}; .* is {fits}$"
+        message = rf"microbatch_size = {size} must divide .* = {512 // data} and .*; {fits} does"
         with pytest.raises(ValueError, match=message):
-            config.chunks(data)
+            config.chunks(MeshShape(data, latent))
 
 
 @pytest.mark.parametrize(

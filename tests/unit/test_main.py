@@ -26,7 +26,7 @@ class Experiment:
 
     end: Literal["well", "stopped", "value", "file", "disk", "library", "bug"] = "well"
 
-    def plan(self):
+    def plan(self, topology=None):
         return "the plan"
 
     def run(self, workdir, operative_gin, config_json, argv):

@@ -1,90 +1,150 @@
-"""The plan's totals, worked out by hand."""
+"""The plan's totals, worked out by hand, and its text."""
 
 import dataclasses
 import re
 
+import jax
 import pytest
 
 from saejax import plan
-from saejax.mesh import MeshShape
+from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.sae import SAEConfig
+from saejax.plan.estimate import Estimate
+from saejax.plan.hardware import parse_topology
+from saejax.plan.traffic import expected_collectives
+from saejax.plan.workload import Workload
+from saejax.recipe import Recipe
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
-from saejax.train.optim import OptimizerConfig
 
 SAE = SAEConfig(d_model=10, n_latents=1000, k=4)
-TRAIN = TrainConfig(tokens=3300, batch_size=320)
+RECIPE = Recipe(
+    sae=SAE, train=TrainConfig(tokens=3300, batch_size=320), loss=LossConfig(auxk_coefficient=0)
+)
 PARAMETERS = 2 * 1000 * 10 + 1000 + 10  # both matrices, latent_bias, pre_bias
 
 
-def sizes(**changes) -> dict[str, int]:
-    parts = {
-        "sae": SAE,
-        "loss": LossConfig(),
-        "optimizer": OptimizerConfig(),
-        "train": TRAIN,
-        "mesh": MeshShape(),
-    }
-    return plan.bytes_per_device(**parts | changes)
+def work(shape=(1, 1), topology=None, **changes) -> Workload:
+    recipe = dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=shape))
+    for name, fields in changes.items():
+        recipe = dataclasses.replace(
+            recipe, **{name: dataclasses.replace(getattr(recipe, name), **fields)}
+        )
+    shape = MeshShape(*shape)
+    return Workload(recipe, shape, parse_topology(topology or f"gpu:H100x{shape.size}"))
 
 
-def test_bytes_on_one_device():
-    assert sizes() == {
+def memory(*args, **kwargs) -> dict[str, int]:
+    return Estimate(work(*args, **kwargs)).memory
+
+
+def test_the_state_of_one_device():
+    found = work().state_bytes
+    assert found == {
         "parameters": 4 * PARAMETERS,
-        "optimizer": 2 * 4 * PARAMETERS + 2 * 4,  # two moments; the counts of Adam and the rate
+        "optimizer state": 2 * 4 * PARAMETERS + 2 * 4,  # two moments; counts of Adam and the rate
         "EMA": 4 * PARAMETERS,
-        "gradients": 4 * 2 * 1000 * 10,
-        "batch: raw, normalised, residual": 3 * 4 * 320 * 10,
-        "pre-activations of a microbatch": 4 * 320 * 1000,
+        "counters": 4 * 1000 + 2 * 4,  # tokens since fired; step and variance
     }
-    assert sizes(optimizer=OptimizerConfig(ema_decay=None))["EMA"] == 0
+    assert work(optimizer={"ema_decay": None}).state_bytes["EMA"] == 0
 
 
-def test_bytes_split_over_the_mesh():
-    """Latents over 'latent', tokens over 'data'; pre_bias and counts are on every device."""
-    split = sizes(mesh=MeshShape(2, 5))
+def test_the_state_splits_over_the_mesh():
+    """Latents over 'latent'; pre_bias and counts are on every device."""
+    found = work((2, 5)).state_bytes
     local = 2 * 200 * 10 + 200 + 10
-    assert split["parameters"] == split["EMA"] == 4 * local
-    assert split["optimizer"] == 2 * 4 * local + 2 * 4
-    assert split["gradients"] == 4 * 2 * 200 * 10
-    assert split["batch: raw, normalised, residual"] == 3 * 4 * 160 * 10
-    assert split["pre-activations of a microbatch"] == 4 * 160 * 200
-
-
-def test_microbatches_bound_the_pre_activations_only():
-    train = dataclasses.replace(TRAIN, microbatch_size=40)
-    whole, small = sizes(), sizes(train=train)
-    assert small["pre-activations of a microbatch"] == 4 * 40 * 1000
-    assert small["gradients"] == 2 * whole["gradients"]  # the sum, and the microbatch's own
-    names = ("pre-activations of a microbatch", "gradients")
-    assert {k: v for k, v in whole.items() if k not in names} == {
-        k: v for k, v in small.items() if k not in names
-    }
+    assert found["parameters"] == found["EMA"] == 4 * local
+    assert found["optimizer state"] == 2 * 4 * local + 2 * 4
 
 
 def test_a_width_equal_to_the_latents_is_not_split():
     """pre_bias [D] is replicated even where D = L, by its name's rule, not its length."""
-    square = SAEConfig(d_model=8, n_latents=8, k=2)
-    train = TrainConfig(tokens=64, batch_size=64)
-    found = sizes(sae=square, train=train, mesh=MeshShape(1, 4))["parameters"]
+    square = {"d_model": 8, "n_latents": 8, "k": 2}
+    found = work((1, 4), sae=square).state_bytes["parameters"]
     assert found == 4 * (2 * 2 * 8 + 2 + 8)
 
 
-def test_flops_per_token():
-    flops = plan.flops_per_token(SAE, LossConfig(), 320)
-    assert flops == {
-        "encoder forward": 2 * 10 * 1000,
-        "sparse decode": 2 * 10 * 4,
-        "sparse gradients": 3 * 2 * 10 * 4,
-        "optimizer": 30 * 2 * 1000 * 10 / 320,
+def test_what_a_step_holds():
+    found = memory((2, 5), train={"microbatch_size": 40})
+    assert found["batch"] == 2 * 32 * 10
+    assert found["gradients"] == 2 * 4 * 200 * 10
+    assert found["weights in the compute dtype"] == 2 * 2 * 200 * 10
+    assert "AuxK" not in found
+    whole = memory((2, 5))
+    ratio = whole["pre-activations of a microbatch"] / found["pre-activations of a microbatch"]
+    assert ratio == 160 / 40
+    # No copy of the weights where they are multiplied as they are.
+    cpu = memory((2, 5), "cpu:10")
+    assert "weights in the compute dtype" not in cpu
+    assert "AuxK" in memory((2, 5), loss={"auxk_coefficient": 1 / 32})
+
+
+def test_flops():
+    """Of a device and step: 320 tokens on two data rows, 1000 latents on five shards."""
+    assert work((2, 5)).flops() == {
+        "encoder forward": 2 * 10 * 200 * 160,
+        "sparse decode": 2 * 10 * 160 * 4 / 5,
+        "sparse gradients": 3 * 2 * 10 * 160 * 4 / 5,
+        "AuxK": 0,
+        "optimizer": 30 * 2 * 200 * 10,
     }
-    multi = plan.flops_per_token(SAE, LossConfig(multi_topk_coefficient=1 / 8), 320)
-    assert multi["sparse decode"] == 2 * 10 * (4 + 16)
-    assert multi["encoder forward"] == flops["encoder forward"]
+    multi = work((2, 5), loss={"multi_topk_coefficient": 1 / 8}).flops()
+    assert multi["sparse decode"] == 2 * 10 * 160 * (4 + 16) / 5
+    dead = work((1, 1), loss={"auxk_coefficient": 1 / 32, "k_aux": 8}).flops()
+    assert dead["AuxK"] == 5 * 2 * 10 * 320 * 64  # 50 dead: a block of 64, small enough for dense
+    rare = {"d_model": 10, "n_latents": 10**6, "k": 4}
+    many = work(sae=rare, loss={"auxk_coefficient": 1 / 32, "k_aux": 8}).flops()
+    assert many["AuxK"] == 2 * 10 * 320 * 262_144 + 4 * 2 * 10 * 320 * 8  # pairs are
 
 
-def test_the_text_has_every_total():
-    text = plan.describe(SAE, LossConfig(), OptimizerConfig(), TRAIN, MeshShape(2, 5))
+def table(*args, **kwargs) -> dict[str, tuple]:
+    rows = expected_collectives(work(*args, **kwargs))
+    return {row.name: (row.kind, row.axis, row.calls, row.bytes) for row in rows}
+
+
+def test_collectives_over_latents():
+    """Two microbatches of 160 tokens, ten wide, in bfloat16 where nothing is summed."""
+    found = table((1, 4), train={"microbatch_size": 160})
+    offered = work((1, 4)).spec.loss.main.capacity
+    assert found == {
+        "tokens": ("all-gather", "latent", 2, 2 * 160 * 10 * 2),
+        "candidates": ("all-to-all", "latent", 2, 2 * 160 * offered * 4),
+        "kept counts": ("all-to-all", "latent", 2, 2 * 160 * 4),
+        "reconstruction": ("reduce-scatter", "latent", 2, 2 * 160 * 10 * 4),
+        "residual": ("all-gather", "latent", 2, 2 * 160 * 10 * 2),
+        "sums": ("all-reduce", "latent", 3, 10 * 4 + 24),
+    }
+    gathered = table((1, 4), topk={"exchange": "all_gather"})["candidates"]
+    assert gathered == ("all-gather", "latent", 1, 320 * 4 * offered * 4)
+
+
+def test_collectives_over_data():
+    found = table((4, 1), mesh={"data_exchange": "gradients", "mesh_shape": (4, 1)})
+    assert found["gradients over data"][1::2] == ("data", 4 * (2 * 1000 * 10 + 1000))
+    assert found["fired"] == ("all-reduce", "data", 1, 4 * 1000)
+    codes = table((4, 1), mesh={"data_exchange": "codes", "mesh_shape": (4, 1)})
+    assert "gradients over data" not in codes and codes["codes over data"][1] == "data"
+
+
+def test_one_device_has_no_collectives():
+    assert table() == {}
+
+
+def test_auxk_exchanges_again():
+    found = table((1, 4), loss={"auxk_coefficient": 1 / 32, "k_aux": 8})
+    for name in ("tokens", "reconstruction", "residual"):
+        assert found[f"auxk {name}"] == found[name]
+
+
+def test_time_is_the_sum_of_its_parts_and_above_its_floors():
+    estimate = Estimate(work((1, 4)))
+    assert estimate.step_seconds == sum(estimate.seconds.values())
+    assert max(estimate.floors.values()) < estimate.step_seconds
+    assert estimate.tokens_per_second == 320 / estimate.step_seconds
+
+
+def test_the_text_for_present_devices():
+    text = plan.report(dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=(2, 5))))
     assert text.startswith("mesh        data 2 x latent 5 = 10 devices\n")
     assert "10 steps of 320 tokens (3,200 tokens), 1 microbatches a step" in text
     assert re.search(r"rate +0\.00081, k_aux 4\n", text)  # 2e-4 / sqrt(1000 / 2^14); near 10 / 2
@@ -95,11 +155,58 @@ def test_the_text_has_every_total():
         ("pre_bias", "10", "10"),
     ):
         assert re.search(rf"^  {name} +{shape} +{count}$", text, re.MULTILINE), name
-    totals = re.findall(r"^  total +(\S.*)$", text, re.MULTILINE)
-    split = sizes(mesh=MeshShape(2, 5))
-    assert totals[0] == f"{PARAMETERS:,}"
-    assert totals[1] == f"{sum(split.values()) / 1024:.1f} KiB"
-    assert totals[2] == f"{20_000 + 80 + 240 + 1875:,}"
+    assert re.search(rf"^  total +{PARAMETERS:,}$", text, re.MULTILINE)
+    assert re.search(r"^  encoder forward +20,000$", text, re.MULTILINE)
+    assert "milliseconds" not in text  # nobody knows what this CPU does
+
+
+def test_the_text_for_absent_hardware():
+    recipe = dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=(1, 8)), sae=SAE)
+    text = plan.report(recipe, "gpu:A100x8")
+    for line in (
+        "mesh        data 1 x latent 8 = 8 devices",
+        "hardware    8 x A100: ",
+        "source      analytic: no compiler for A100 is installed",
+        "memory      fits: the estimate takes ",
+        "floors      arithmetic ",
+        "speed       ",
+        "search      ",
+        "recommended (analytic)\n  Mesh.mesh_shape = (",
+    ):
+        assert f"\n{line}" in f"\n{text}", line
+    assert text.count("(configured)") == 1
+    assert "8 x 1" in text and "2 x 4" in text  # alternatives
+
+
+def test_what_does_not_fit_is_said():
+    huge = dataclasses.replace(SAE, d_model=2**14, n_latents=2**24, k=4)
+    recipe = dataclasses.replace(RECIPE, sae=huge, mesh=MeshConfig(mesh_shape=(1, 8)))
+    text = plan.report(recipe, "gpu:H100x8")
+    assert "memory      DOES NOT FIT: the estimate takes " in text
+    assert "NOTHING FITS" in text
+
+
+def test_auto_is_resolved_first():
+    text = plan.report(dataclasses.replace(RECIPE, mesh=MeshConfig()), "gpu:H100x8")
+    assert re.match(r"mesh        data \d x latent \d = 8 devices\n", text)
+
+
+def test_a_mesh_of_another_size_names_those_that_fit():
+    recipe = dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=(1, 4)))
+    with pytest.raises(ValueError, match=r"takes 4 devices.*has 8; use one of \(1, 8\), \(2, 4\)"):
+        plan.report(recipe, "gpu:H100x8")
+
+
+def test_a_topology_without_a_dry_run_is_refused():
+    with pytest.raises(ValueError, match=r"--topology=v5p:8x8x8 plans .* add --dry_run"):
+        plan.only_cpus("v5p:8x8x8", dry_run=False)
+
+
+def test_more_forced_devices_than_jax_started_with():
+    jax.devices()
+    with pytest.raises(ValueError, match="JAX started already with 8 CPU devices"):
+        plan.only_cpus("cpu:9")
+    plan.only_cpus("cpu:4")  # the first four
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.state import abstract_state, create
 from saejax.train.spec import loss_spec
-from saejax.train.step import _auxk_capacities, jit_step, make_step
+from saejax.train.state import abstract_state, create
+from saejax.train.step import auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16
 SAE = SAEConfig(d_model=D, n_latents=L, k=K)
@@ -291,7 +291,7 @@ def test_bad_loss_settings_are_named(field, value):
 
 
 def test_capacities_reach_from_none_to_all():
-    assert _auxk_capacities(4, 32) == [0, 4, 32]
-    assert _auxk_capacities(32, 32) == [0, 32]
-    assert _auxk_capacities(512, 2**15) == [0, 512, 4096, 2**15]
-    assert _auxk_capacities(64, 8) == [0, 8]
+    assert auxk_capacities(4, 32) == [0, 4, 32]
+    assert auxk_capacities(32, 32) == [0, 32]
+    assert auxk_capacities(512, 2**15) == [0, 512, 4096, 2**15]
+    assert auxk_capacities(64, 8) == [0, 8]

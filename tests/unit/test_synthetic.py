@@ -57,12 +57,15 @@ def test_pure_in_seed_and_step():
     np.testing.assert_array_equal(data.sample_rows(100), np.concatenate(batches)[:100])
 
 
-def test_processes_share_one_global_batch():
-    whole = Synthetic(CFG, 64)
-    parts = [Synthetic(CFG, 64, process_index=i, process_count=4) for i in range(4)]
+def test_a_process_gets_its_rows_of_the_global_batch():
+    data, ranges = Synthetic(CFG, 64), ((0, 5), (16, 32), (63, 64))
+    rows = np.concatenate([np.arange(a, b) for a, b in ranges])
     for call in ("batch", "magnitudes"):
-        together = np.concatenate([getattr(part, call)(2) for part in parts])
-        np.testing.assert_array_equal(together, getattr(whole, call)(2))
+        whole = getattr(data, call)(2)
+        np.testing.assert_array_equal(getattr(data, call)(2, ranges), whole[rows])
+    np.testing.assert_array_equal(next(data.iterate(2, ranges=ranges)), data.batch(2)[rows])
+    with pytest.raises(ValueError, match="must be ascending, disjoint"):
+        data.batch(0, ((0, 65),))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_wrong_values_are_refused_by_name(field, value):
 
 
 def test_wrong_batches_are_refused():
-    with pytest.raises(ValueError, match="batch_size = 10"):
-        Synthetic(CFG, 10, process_count=3)
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        Synthetic(CFG, 0)
     with pytest.raises(ValueError, match="step = -1"):
         Synthetic(CFG, 10).batch(-1)

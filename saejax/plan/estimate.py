@@ -1,0 +1,150 @@
+"""Memory, time and bytes of a step from the recipe alone; what needs no compiler."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+from saejax.plan import traffic
+from saejax.plan.hlo import Collective
+from saejax.plan.workload import Workload
+
+# Share of the peak rate that large products are taken to reach.
+PRODUCT_EFFICIENCY = 0.6
+
+# Bytes per parameter that the update moves, counted in the programs that XLA makes of it: 38 for
+# the encoder and 70 for the decoder with its projection and norms, of which the EMA has 8; and
+# filling and writing the gradient's sum.
+_UPDATE_BYTES = (38 + 70) / 2 - 8 + 8
+_EMA_BYTES = 8
+
+
+class _Held(NamedTuple):
+    """Copies that XLA holds at once, fitted to compiled programs (`tests/aot/test_memory.py`).
+
+    Attributes:
+      auxk: of a float32 array of the AuxK block, most of them gradients.
+      pre_activations: of those of a microbatch.
+      dense: more of those, where AuxK keeps so many that its code is dense.
+      tokens: of a float32 array of the tokens of a microbatch.
+    """
+
+    auxk: int
+    pre_activations: int
+    dense: int
+    tokens: int
+
+
+_HELD = {"tpu": _Held(4, 4, 0, 3), "gpu": _Held(2, 1, 2, 10), "cpu": _Held(2, 1, 2, 4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a step costs each device, by arithmetic.
+
+    Attributes:
+      work: the step.
+      compiled: collectives of the compiled program, if there is one, instead of the expected ones.
+    """
+
+    work: Workload
+    compiled: tuple[Collective, ...] | None = None
+
+    @functools.cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes held at the fullest moment, by part."""
+        work = self.work
+        f32, narrow = 4, work.itemsize
+        _, dead = work.auxk_blocks
+        held = _HELD[work.topology.chip.kind]
+        reconstructions = held.tokens + (work.spec.loss.multi is not None)
+        parts = dict(work.state_bytes)
+        parts["batch"] = work.own_rows * work.width * 2
+        parts["gradients"] = 2 * f32 * work.matrix
+        parts["weights in the compute dtype"] = 2 * narrow * work.matrix if narrow < f32 else 0
+        # A TPU sums the block's gradients over 'data' in one more.
+        summed = work.spec.loss.gather_codes and work.topology.chip.kind == "tpu"
+        copies = held.auxk + summed
+        parts["AuxK"] = copies * f32 * dead * work.width
+        dense = held.dense if work.is_dense(dead, work.spec.loss.aux.k) else 0
+        pre_activations = (held.pre_activations + dense) * f32 * work.block * work.latents
+        parts["pre-activations of a microbatch"] = pre_activations
+        parts["tokens of a microbatch"] = reconstructions * f32 * work.block * work.width
+        if work.spec.loss.gather_codes:
+            size = 2 * work.shape.data * narrow * work.block * work.width
+            parts["codes of all data rows"] = size
+        parts["own tokens and residuals"] = 2 * f32 * work.own_rows * work.width
+        return {name: size for name, size in parts.items() if size}
+
+    @property
+    def peak(self) -> int:
+        """Bytes per device."""
+        return sum(self.memory.values())
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """Of a step."""
+        if self.compiled is not None:
+            return list(self.compiled)
+        return traffic.expected_collectives(self.work)
+
+    def collective_seconds(self, one: Collective) -> float:
+        """Of all calls of a step."""
+        return traffic.seconds(one, self.work.topology, self.work.shape)
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Expected time by part, nothing overlapped; see `describe` for what is assumed."""
+        chip, flops = self.work.topology.chip, self.work.flops()
+        rate = chip.bf16_flops if self.work.itemsize == 2 else chip.f32_flops
+        products = flops["encoder forward"] + flops["AuxK"]
+        parts = {"products": products / rate / PRODUCT_EFFICIENCY}
+        parts |= {name: size / chip.bandwidth for name, size in self.traffic().items()}
+        for axis in ("latent", "data", "data, latent"):
+            over = sum(self.collective_seconds(c) for c in self.collectives if c.axis == axis)
+            parts[f"collectives over {axis.replace(', ', ' and ')}"] = over
+        return {name: time for name, time in parts.items() if time}
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes to and from the device's memory, by part."""
+        work = self.work
+        loss, narrow = work.spec.loss, work.itemsize
+        dead, _ = work.auxk_blocks
+        ema = _EMA_BYTES if work.recipe.optimizer.ema_decay is not None else 0
+        pairs = work.pairs(loss.main.k) + (work.pairs(loss.multi.k) if loss.multi else 0)
+        if dead and not work.is_dense(dead, loss.aux.k):
+            pairs += work.pairs(loss.aux.k)
+        # Three gathers of rows, two of them with the decoder's; three sums that read and write.
+        sparse = pairs * work.width * (5 * narrow + 3 * 8)
+        return {
+            "optimizer": (_UPDATE_BYTES + ema) * 2 * work.matrix,
+            "pre-activations": 3 * 4 * work.rows * (work.latents + dead),
+            "sparse rows": sparse,
+            "weights": work.spec.chunks * narrow * (work.matrix + dead * work.width),
+            "tokens": 8 * 4 * work.rows * work.width,
+        }
+
+    @property
+    def step_seconds(self) -> float:
+        """Expected, of one step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Expected, of the whole mesh."""
+        return self.work.recipe.train.batch_size / self.step_seconds
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Seconds below which no overlap can bring the step."""
+        chip = self.work.topology.chip
+        rate = chip.bf16_flops if self.work.itemsize == 2 else chip.f32_flops
+        return {
+            "arithmetic": sum(self.work.flops().values()) / rate,
+            "memory": sum(self.traffic().values()) / chip.bandwidth,
+            "communication": sum(self.collective_seconds(c) for c in self.collectives),
+        }
+
+    def fits(self, peak: int | None = None) -> bool:
+        """Whether the memory of a device holds it; always where that is not known."""
+        memory = self.work.topology.chip.memory
+        return not memory or (self.peak if peak is None else peak) <= memory

@@ -1,0 +1,136 @@
+"""Which mesh and which microbatch: every shape that fits the recipe, ranked by expected time."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from saejax import mesh as mesh_lib
+from saejax.mesh import MeshShape
+from saejax.plan.estimate import Estimate
+from saejax.plan.hardware import Topology, topology_of
+from saejax.plan.workload import Workload
+from saejax.recipe import Recipe
+
+# An estimate this close to the memory of a device may not fit it once it is compiled.
+_SAFE_SHARE = 0.9
+
+# Products with fewer rows leave matrix units idle, which the estimate does not see.
+_LEAST_ROWS = 2048
+
+# Times this close are the same to an estimate; then less memory is worth more.
+_AS_FAST = 1.01
+
+
+def resolve_mesh(recipe: Recipe, devices: Sequence[jax.Device]) -> MeshShape:
+    """The mesh of a recipe on these devices; chooses one where the recipe says 'auto'.
+
+    The fastest by estimate of those that fit memory; on devices whose rates are not known, the one
+    that moves the fewest bytes.
+
+    Raises:
+      ValueError: no shape of that many devices divides the latents and the batch.
+    """
+    return choose_mesh(recipe, len(devices), topology_of(devices))
+
+
+def choose_mesh(recipe: Recipe, n_devices: int, topology: Topology | None) -> MeshShape:
+    """`resolve_mesh` for so many devices of a kind that may be unknown."""
+    if recipe.mesh.shape is not None:
+        return recipe.mesh.shape
+    shapes = fitting_shapes(recipe, n_devices)
+    if topology is None or topology.chip.kind == "cpu":
+        return min(shapes, key=lambda shape: _bytes_moved(recipe, shape))
+    return min(shapes, key=lambda shape: _rank(Estimate(Workload(recipe, shape, topology))))
+
+
+def fitting_shapes(recipe: Recipe, n_devices: int) -> list[MeshShape]:
+    """Every mesh of exactly so many devices that divides latents, batch and microbatch.
+
+    Raises:
+      ValueError: there is none.
+    """
+    shapes = [shape for shape in mesh_lib.shapes_of(n_devices) if _divides(recipe, shape)]
+    if not shapes:
+        raise ValueError(
+            f"Mesh.mesh_shape = 'auto' finds no mesh of the {n_devices} devices present: "
+            f"SAE.n_latents = {recipe.sae.n_latents} and Train.batch_size = "
+            f"{recipe.train.batch_size} must divide by its sides; change one, or set "
+            f"Mesh.mesh_shape = (1, 1) for one device"
+        )
+    return shapes
+
+
+def _divides(recipe: Recipe, shape: MeshShape) -> bool:
+    try:
+        recipe.check_mesh(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _bytes_moved(recipe: Recipe, shape: MeshShape) -> float:
+    """Per width: tokens to and fro over 'latent', and the cheaper exchange over 'data'."""
+    tokens = recipe.train.batch_size / shape.data * 8 * (1 - 1 / shape.latent)
+    gradients = recipe.sae.n_latents / shape.latent * 16
+    return tokens + min(gradients, recipe.train.batch_size * 8) * (1 - 1 / shape.data)
+
+
+def with_mesh(recipe: Recipe, shape: MeshShape, microbatch: int) -> Recipe:
+    """The recipe on another mesh, with another microbatch."""
+    return dataclasses.replace(
+        recipe,
+        mesh=dataclasses.replace(recipe.mesh, mesh_shape=tuple(shape)),
+        train=dataclasses.replace(recipe.train, microbatch_size=microbatch),
+    )
+
+
+def candidates(recipe: Recipe, topology: Topology) -> list[Estimate]:
+    """Every mesh of the topology with the microbatch that suits it, best first.
+
+    What fits memory safely comes before what may fit, and that before what does not.
+    Microbatches are powers of two times the latent shards, whose tokens they split over.
+    """
+    found = []
+    for shape in mesh_lib.shapes_of(topology.devices):
+        tried = []
+        for size in _microbatches(recipe, shape):
+            changed = with_mesh(recipe, shape, size)
+            if _divides(changed, shape):
+                tried.append(Estimate(Workload(changed, shape, topology)))
+        if tried:
+            found.append(_frugal(tried))
+    return sorted(found, key=_rank)
+
+
+def _frugal(tried: Sequence[Estimate]) -> Estimate:
+    """Of estimates about as fast as the best, the one that takes the least memory."""
+    tried = [e for e in tried if e.work.block >= _LEAST_ROWS and e.fits()] or tried
+    crowding, cost = min(map(_rank, tried))
+    near = [e for e in tried if _rank(e)[0] == crowding and _rank(e)[1] <= _AS_FAST * cost]
+    return min(near, key=lambda e: e.peak)
+
+
+def _rank(estimate: Estimate) -> tuple[int, float]:
+    """What fits safely, then what may fit, each by time; then what does not fit, by memory."""
+    memory = estimate.work.topology.chip.memory
+    if memory and estimate.peak > memory:
+        return 2, estimate.peak
+    return int(bool(memory) and estimate.peak > _SAFE_SHARE * memory), estimate.step_seconds
+
+
+def _microbatches(recipe: Recipe, shape: MeshShape) -> Iterator[int]:
+    share, size = recipe.train.batch_size // shape.data, shape.latent
+    while size <= share:
+        if share % size == 0 and share // size <= 1024:
+            yield size
+        size *= 2
+
+
+def bindings(estimate: Estimate) -> list[str]:
+    """The choice as lines of a gin file."""
+    shape = estimate.work.shape
+    return [
+        f"Mesh.mesh_shape = ({shape.data}, {shape.latent})",
+        f"Train.microbatch_size = {estimate.work.recipe.train.microbatch_size}",
+    ]
