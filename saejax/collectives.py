@@ -1,4 +1,4 @@
-"""Every collective of the training step, each under the name that the plan's table gives it.
+"""Every explicit collective; those of the training step under the names of the plan's table.
 
 All functions run on local shards inside `mesh.per_device`. Tokens are held in one of two ways: each
 device its own rows `[b, D]`, or all the rows of its data row `[B, D]`, in the order of the latent
@@ -76,8 +76,7 @@ def gather_over_data(tree):
 def reduce_over_data(tree):
     """Sum over 'data' of every leaf.
 
-    A reduction for each leaf, so that the encoder's may run while the decoder's gradient is still
-    being made (Gao et al. 2024, App. D).
+    A reduction for each leaf: the compiler may start one while it makes another.
     """
     return jax.tree.map(lambda x: lax.psum(x, DATA), tree)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -49,11 +50,12 @@ class MeshConfig:
             raise ValueError(
                 f"data_exchange = {self.data_exchange!r} must be 'auto', 'gradients' or 'codes'"
             )
-        if self.mesh_shape == "auto":
-            return
-        if min(self.mesh_shape) < 1:
+        shape = self.mesh_shape
+        whole = isinstance(shape, tuple) and [type(size) for size in shape] == [int, int]
+        if shape != "auto" and not (whole and min(shape) >= 1):
             raise ValueError(
-                f"mesh_shape = {self.mesh_shape} must be (data, latent), each at least 1, or 'auto'"
+                f"mesh_shape = {shape!r} must be (data, latent), two whole numbers, each at least "
+                f"1, or 'auto'"
             )
 
     @property
@@ -86,7 +88,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     """Lays devices out as ('data', 'latent'), neighbours on the interconnect along 'latent'.
 
     Where devices form a torus, axes are laid along its dimensions, split or joined as needed; where
-    they form several slices or hosts, 'data' runs across them.
+    they form several slices, 'data' runs across those.
 
     Args:
       shape: of the mesh.
@@ -95,7 +97,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 
     Raises:
       ValueError: there are fewer devices than the mesh asks for, or, with several processes,
-        another number.
+        another number; or 'data' does not divide by the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     processes = len({device.process_index for device in devices})
@@ -106,18 +108,29 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
             f"{len(devices)} are present in {processes} process(es); use one of {fitting}, or "
             f"'auto'"
         )
-    devices = devices[: shape.size]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1 and shape.data % slices == 0:
+    if shape.size < len(devices):
+        # Part of a torus need not be one: there is no topology to respect.
+        grid = np.asarray(devices[: shape.size]).reshape(shape)
+    elif (slices := count_slices(devices)) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape.data % slices == 0:
+        within = (shape.data // slices, shape.latent)
         grid = mesh_utils.create_hybrid_device_mesh(
-            (shape.data // slices, shape.latent),
-            (slices, 1),
-            devices,
-            allow_split_physical_axes=True,
+            within, (slices, 1), devices, allow_split_physical_axes=True
         )
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        fitting = [s for s in shapes_of(len(devices)) if s.data % slices == 0]
+        raise ValueError(
+            f"Mesh.mesh_shape = ({shape.data}, {shape.latent}) would split latents across the "
+            f"{slices} slices present; use one of {', '.join(map(str, map(tuple, fitting)))}, or "
+            f"'auto'"
+        )
     return Mesh(grid, (DATA, LATENT))
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """Number of slices, whose devices share a fast interconnect; 1 where there is no such thing."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def shape_of(mesh: Mesh) -> MeshShape:
@@ -195,7 +208,7 @@ def per_device(
             return (_SPECS | {"tokens": _TOKENS, "replicated": _REPLICATED})[tree]
         return tree_specs(tree)
 
-    # Replication is not inferred: collectives.py states every reduction and its gradient.
+    # Replication is not inferred: collectives.py states every reduction.
     return jax.shard_map(
         fn,
         mesh=mesh,

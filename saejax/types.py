@@ -65,9 +65,9 @@ class StepMetrics:
       auxk: normalised AuxK loss; 0 when nothing is dead.
       auxk_skipped: 1 if the AuxK term had no finite value and was replaced by 0.
       at_capacity: (token, latent shard) pairs where the shard offered all it may to the global
-        top-k, all were kept, and it had more; 0 proves that the selection was exact.
+        top-k, all were kept, and it has more latents; 0 proves that the selection was exact.
       multi_at_capacity, auxk_at_capacity: the same for Multi-TopK and AuxK.
-      token_shard_pairs: number of pairs, to divide by.
+      token_shard_pairs: number of pairs, to divide by; float32.
       grad_norm: global norm of the gradient after projection, before clipping.
       learning_rate: the rate this update used.
     """

@@ -180,6 +180,8 @@ def truncation(
         for name, rule in topk.items()
     }
     settings = sorted({(count, size) for (count, _), size in wanted.items()})
+    if limit is not None and limit < 2:
+        raise ValueError(f"limit = {limit} tokens (--tokens) must be at least 2, or None for all")
     tokens, exact, measured = _measure(sae, blocks, settings, limit)
     return [
         Truncation(

@@ -6,7 +6,8 @@ Three layouts with the same methods, for the latents of one shard:
     PairCode   one list of (token, latent) pairs: latents split, so that few slots are kept
     DenseCode  a value for every latent: few latents, each kept often (AuxK's dead ones)
 
-`values` are after ReLU. `slopes` masks where a value passes its gradient on: the gradient of the
+A dense code multiplies values rounded to the compute dtype, the others unrounded ones. `values` are
+after ReLU. `slopes` masks where a value passes its gradient on: the gradient of the
 selection itself is zero (Gao et al. 2024, App. D).
 """
 
@@ -28,6 +29,25 @@ def dense_below(platform: str) -> int:
     A matrix unit multiplies with this many rows while memory delivers one (a CPU, with fewer).
     """
     return _DENSE_BELOW.get(platform, _DENSE_BELOW_ELSEWHERE)
+
+
+def layout(k: int, n_latents: int, shards: int, dense_below: int) -> type:
+    """The layout of a code of k latents per token over `shards` shards of `n_latents` each."""
+    if n_latents * shards <= dense_below * k:
+        return DenseCode
+    return PairCode if shards > 1 else RowCode
+
+
+def gathered_arrays(
+    k: int, capacity: int, n_latents: int, shards: int, dense_below: int
+) -> tuple[int, int]:
+    """Arrays of a code that its weight gradients need, derivatives included; bytes per token."""
+    kind = layout(k, n_latents, shards, dense_below)
+    if kind is DenseCode:  # values, derivatives
+        return 2, 2 * 4 * n_latents
+    if kind is RowCode:  # and latents
+        return 3, 3 * 4 * min(k, n_latents)
+    return 4, 4 * 4 * min(capacity, n_latents)  # and tokens
 
 
 @jax.tree_util.register_dataclass
@@ -151,11 +171,11 @@ def make_code(
         # Not `values > 0`: NaN stays, and surfaces in the loss.
         kept_BC &= ~(values_BC <= 0)
         values_BC = jnp.where(kept_BC, values_BC, 0)
-    sparse_enough = n_latents * shards > dense_below * k
-    if sparse_enough and shards > 1:
+    kind = layout(k, n_latents, shards, dense_below)
+    if kind is PairCode:
         pairs = pair_list.compact(kept_BC, values_BC, indices_BC, n_latents)
         return PairCode(pairs, pairs.latents_P < n_latents, len(values_BC))
-    if sparse_enough:
+    if kind is RowCode:
         return RowCode(values_BC, indices_BC, kept_BC)
     rows_B1 = jnp.arange(len(values_BC))[:, None]
     shape = (len(values_BC), n_latents)

@@ -151,7 +151,10 @@ class SAE(nnx.Module):
         )
 
     def decode(self, latents: Latents) -> jax.Array:
-        """Reconstructs raw activations `[..., D]` from a code `[..., K]` (any K)."""
+        """Reconstructs raw activations `[..., D]` from a code `[..., K]` (any K).
+
+        Indices must lie in [0, n_latents).
+        """
         values, indices = latents.values, latents.indices
         n, k = math.prod(values.shape[:-1]), values.shape[-1]
         code = (values.reshape(n, k), indices.reshape(n, k), self.w_dec[...], self.config.dtype)

@@ -21,10 +21,10 @@ def encode_top_k(
     """`sparse.encode_top_k` over latent shards: values and global indices `[B, k]`.
 
     Exact whatever the capacity was that the model was trained with: every shard offers min(k, its
-    latents) candidates.
+    latents) candidates. Differentiable; gradients are rounded to `dtype` on the way.
     """
     shards = mesh_lib.shape_of(mesh).latent
-    padding = -len(x_BD) % shards
+    padding = -len(x_BD) % shards or shards * (len(x_BD) == 0)
     encode = mesh_lib.per_device(
         functools.partial(_encode_local, k=k, dtype=dtype),
         mesh,

@@ -11,6 +11,7 @@ from saejax.plan.estimate import Estimate
 from saejax.plan.hardware import Topology, topology_of
 from saejax.plan.workload import Workload
 from saejax.recipe import Recipe
+from saejax.train.spec import bytes_over_data, loss_spec
 
 # An estimate this close to the memory of a device may not fit it once it is compiled.
 _SAFE_SHARE = 0.9
@@ -31,26 +32,35 @@ def resolve_mesh(recipe: Recipe, devices: Sequence[jax.Device]) -> MeshShape:
     Raises:
       ValueError: no shape of that many devices divides the latents and the batch.
     """
-    return choose_mesh(recipe, len(devices), topology_of(devices))
+    slices = mesh_lib.count_slices(devices)
+    return choose_mesh(recipe, len(devices), topology_of(devices), slices)
 
 
-def choose_mesh(recipe: Recipe, n_devices: int, topology: Topology | None) -> MeshShape:
-    """`resolve_mesh` for so many devices of a kind that may be unknown."""
+def choose_mesh(
+    recipe: Recipe, n_devices: int, topology: Topology | None, slices: int = 1
+) -> MeshShape:
+    """`resolve_mesh` for so many devices of a kind that may be unknown, in so many slices."""
     if recipe.mesh.shape is not None:
         return recipe.mesh.shape
-    shapes = fitting_shapes(recipe, n_devices)
+    shapes = fitting_shapes(recipe, n_devices, slices)
     if topology is None or topology.chip.kind == "cpu":
-        return min(shapes, key=lambda shape: _bytes_moved(recipe, shape))
+        return min(shapes, key=lambda shape: (_bytes_moved(recipe, shape), shape.data))
     return min(shapes, key=lambda shape: _rank(Estimate(Workload(recipe, shape, topology))))
 
 
-def fitting_shapes(recipe: Recipe, n_devices: int) -> list[MeshShape]:
+def fitting_shapes(recipe: Recipe, n_devices: int, slices: int = 1) -> list[MeshShape]:
     """Every mesh of exactly so many devices that divides latents, batch and microbatch.
+
+    Latents are not split across slices, whose network is slow.
 
     Raises:
       ValueError: there is none.
     """
-    shapes = [shape for shape in mesh_lib.shapes_of(n_devices) if _divides(recipe, shape)]
+    shapes = [
+        shape
+        for shape in mesh_lib.shapes_of(n_devices)
+        if shape.data % slices == 0 and _divides(recipe, shape)
+    ]
     if not shapes:
         raise ValueError(
             f"Mesh.mesh_shape = 'auto' finds no mesh of the {n_devices} devices present: "
@@ -70,10 +80,14 @@ def _divides(recipe: Recipe, shape: MeshShape) -> bool:
 
 
 def _bytes_moved(recipe: Recipe, shape: MeshShape) -> float:
-    """Per width: tokens to and fro over 'latent', and the cheaper exchange over 'data'."""
-    tokens = recipe.train.batch_size / shape.data * 8 * (1 - 1 / shape.latent)
-    gradients = recipe.sae.n_latents / shape.latent * 16
-    return tokens + min(gradients, recipe.train.batch_size * 8) * (1 - 1 / shape.data)
+    """Bytes each device receives: tokens to and fro over 'latent', and what goes over 'data'."""
+    sae, train = recipe.sae, recipe.train
+    spec = loss_spec(sae, recipe.loss, recipe.topk, shape.latent, platform="cpu")
+    codes, gradients = bytes_over_data(spec, sae, shape, train.batch_size)
+    over_data = {"codes": codes, "gradients": gradients}.get(recipe.mesh.data_exchange)
+    to_and_fro = 2 * spec.dtype.itemsize + 4  # tokens and residuals; reconstructions
+    tokens = train.batch_size / shape.data * sae.d_model * to_and_fro * (1 - 1 / shape.latent)
+    return tokens + (min(codes, gradients) if over_data is None else over_data)
 
 
 def with_mesh(recipe: Recipe, shape: MeshShape, microbatch: int) -> Recipe:

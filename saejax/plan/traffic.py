@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from saejax.mesh import DATA, LATENT, MeshShape
+from saejax.model.codes import gathered_arrays
 from saejax.plan.hardware import Topology
 from saejax.plan.hlo import Collective
 from saejax.plan.workload import Workload
@@ -96,12 +97,9 @@ def _of_microbatch(
 
 def _code(work: Workload, wanted: Selection, offered: int) -> tuple[int, int]:
     """Arrays and bytes of the codes of a microbatch on a shard: values, derivatives, and where."""
-    shards = work.shape.latent
-    if work.latents * shards <= work.spec.loss.dense_below * wanted.k:
-        return 2, 2 * 4 * work.block * work.latents
-    if shards == 1:
-        return 3, 3 * 4 * work.block * wanted.k
-    return 4, 4 * 4 * work.block * offered
+    below = work.spec.loss.dense_below
+    arrays, size = gathered_arrays(wanted.k, offered, work.latents, work.shape.latent, below)
+    return arrays, size * work.block
 
 
 def seconds(one: Collective, topology: Topology, shape: MeshShape) -> float:

@@ -145,11 +145,10 @@ class CapacityWarning:
             if record[name] > limit:
                 del self._limits[name]
                 _LOG.warning(
-                    "%s = %.4f at step %d: so many (token, latent shard) pairs may have lost some "
-                    "of the exact top-k (at most %.1e is expected of a safe capacity), and the "
-                    "model may be another when it is evaluated exactly; raise "
-                    "TopK.capacity_factor, lower TopK.max_expected_loss, or set "
-                    "TopK.capacity_factor = None for the exact selection",
+                    "%s = %.2e at step %d, above %.1e: so many (token, latent shard) pairs may "
+                    "have lost some of the exact top-k that the model may be another when it is "
+                    "evaluated exactly; raise TopK.capacity_factor, give TopK.max_expected_loss = "
+                    "1e-5 or less, or set TopK.capacity_factor = None for the exact selection",
                     name,
                     record[name],
                     record["step"],

@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from saejax.capacity import TopKConfig
 from saejax.mesh import MeshShape
-from saejax.model.codes import dense_below
+from saejax.model.codes import dense_below, gathered_arrays
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig, LossSpec, Selection
@@ -39,7 +38,6 @@ def loss_spec(
     shards: int,
     *,
     platform: str | None = None,
-    gather_codes: bool = False,
 ) -> LossSpec:
     """Resolves the loss settings for a model on so many latent shards.
 
@@ -48,7 +46,6 @@ def loss_spec(
       shards: latent shards.
       platform: of the devices; decides the compute dtype and where codes are dense. None is the
         default backend's.
-      gather_codes: see `LossSpec`.
 
     Raises:
       ValueError: k_aux or the Multi-TopK k exceeds the number of latents.
@@ -82,7 +79,6 @@ def loss_spec(
         dtype=sae.dtype_on(platform),
         exchange=topk.exchange,
         dense_below=dense_below(platform),
-        gather_codes=gather_codes,
     )
 
 
@@ -99,19 +95,13 @@ def step_spec(
     data_exchange: str,
 ) -> StepSpec:
     """Static settings of a step on a mesh of devices of one platform; see `make_step`."""
-    dtype = sae.dtype_on(platform)
+    spec = loss_spec(sae, loss, topk, shape.latent, platform=platform)
     gather = data_exchange == "codes"
     if data_exchange == "auto":
-        gather = gathering_codes_is_cheaper(sae, loss, shape, batch_tokens, dtype)
+        gathered, summed = bytes_over_data(spec, sae, shape, batch_tokens)
+        gather = gathered < summed
     return StepSpec(
-        loss=loss_spec(
-            sae,
-            loss,
-            topk,
-            shape.latent,
-            platform=platform,
-            gather_codes=gather and shape.data > 1,
-        ),
+        loss=dataclasses.replace(spec, gather_codes=gather and shape.data > 1),
         normalizer=normalizer,
         batch_tokens=batch_tokens,
         chunks=chunks,
@@ -127,16 +117,22 @@ def selection_metadata(spec: LossSpec, shards: int) -> dict[str, Any]:
     }
 
 
-def gathering_codes_is_cheaper(
-    sae: SAEConfig, loss: LossConfig, shape: MeshShape, batch_tokens: int, dtype: jnp.dtype
-) -> bool:
-    """Whether weight gradients should be made from gathered codes rather than summed over 'data'.
+def bytes_over_data(
+    spec: LossSpec, sae: SAEConfig, shape: MeshShape, batch_tokens: int
+) -> tuple[float, float]:
+    """Bytes each device receives over 'data': if codes are gathered, and if gradients are summed.
 
-    By the bytes each device receives: a ring sum moves every float32 gradient of the shard twice;
-    gathering moves the inputs and residuals of all tokens, once for each reconstruction, and lists
-    of codes that are small beside them.
+    Gathering moves code, input and residual of every token, once for each reconstruction; a ring
+    sum moves every float32 gradient of the shard twice.
     """
-    gradients = 2 * 2 * 4 * (sae.n_latents // shape.latent)
-    terms = 2 if loss.multi_topk_coefficient else 1
-    codes = 2 * terms * jnp.dtype(dtype).itemsize * batch_tokens
-    return shape.data > 1 and codes < gradients
+    n_latents = sae.n_latents // shape.latent
+    gradients = 2 * 2 * 4 * n_latents * sae.d_model
+    codes = 0
+    for wanted in (spec.main, spec.multi):
+        if wanted is not None:
+            _, code = gathered_arrays(
+                wanted.k, wanted.capacity, n_latents, shape.latent, spec.dense_below
+            )
+            codes += batch_tokens * (code + 2 * spec.dtype.itemsize * sae.d_model)
+    share = 1 - 1 / shape.data
+    return codes * share, gradients * share

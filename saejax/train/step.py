@@ -84,8 +84,7 @@ def _add_auxk(capacity, gradients, params, weights, dead_L, x_NbD, e_NbD, spec: 
     # A residual that is the same for every token spreads by rounding alone: not a scale.
     rounding = jnp.square(4 * jnp.finfo(spread.dtype).eps * mean_D).sum() * spec.batch_tokens
     finite = jnp.isfinite(auxk) & (spread > rounding)
-    if spec.loss.gather_codes:
-        update = collectives.reduce_over_data(update)
+    update = collectives.reduce_over_data(update)
     whole = capacity == dead_L.shape[0]
     for name, rows in update.items():
         rows = jnp.where(finite, rows * spec.loss.auxk_coefficient, 0)
@@ -118,14 +117,16 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
 
     gradients, seen = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), x_NbD)
 
+    if not spec.loss.gather_codes:
+        # Before AuxK, whose gradients are of few rows and follow by themselves, so that the sum of
+        # these may run under it.
+        of_latents = {name: gradients[name] for name in ("w_enc", "w_dec", "latent_bias")}
+        gradients = gradients | collectives.reduce_over_data(of_latents)
     fired_L = collectives.any_over_data(seen.fired.any(0))
     since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, _COUNTER_LIMIT) + spec.batch_tokens)
     dead_L = since_L >= spec.loss.dead_tokens
     gradients, auxk = _auxk(gradients, params, weights, dead_L, x_NbD, seen.residual, spec)
 
-    if not spec.loss.gather_codes:
-        of_latents = {name: gradients[name] for name in ("w_enc", "w_dec", "latent_bias")}
-        gradients = gradients | collectives.reduce_over_data(of_latents)
     # Summed over the batch before it meets the encoder (Gao et al. 2024, App. D).
     through_encoder_D = -sparse.matmul(gradients["latent_bias"], params["w_enc"])
     shared = through_encoder_D / collectives.data_rows() + gradients["pre_bias"]
@@ -252,7 +253,7 @@ def make_step(
         state, grad_norm = apply_gradients(state, gradients, tx, sae, optimizer)
         return state, StepMetrics(
             tokens=jnp.asarray(batch_tokens, jnp.int32),
-            token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.int32),
+            token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.float32),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             **sums,

@@ -168,7 +168,7 @@ def test_a_gin_file_that_is_not_utf8(command, finished, tmp_path):
             "Mesh.mesh_shape = (1, 5)",
             ["SAE.n_latents = 32", "mesh_shape = (1, 5)", "multiple is 35"],
         ),
-        ("Train.microbatch_size = 48", ["Train.microbatch_size = 48", "= 64", "is 32"]),
+        ("Train.microbatch_size = 48", ["Train.microbatch_size = 48", "= 64", "32 does"]),
         ("Train.tokens = 63", ["tokens = 63", "batch_size = 64", "lower batch_size"]),
         ("Train.tokens = 0", ["tokens = 0", "at least 1"]),
         ("Experiment.report = @Report()", ["report needs evaluation", "Experiment.evaluation"]),

@@ -1,4 +1,4 @@
-"""The explicit collectives: exact global selection, and the gradients each one stands for."""
+"""The explicit collectives: exact global selection, tokens to and fro."""
 
 import functools
 

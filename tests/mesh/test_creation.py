@@ -50,7 +50,7 @@ def test_a_device_holds_no_more_than_its_shard(shape):
 
 
 _MEASURE = """
-import json, resource, sys
+import json, re, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, sys.argv[1])
@@ -58,7 +58,10 @@ import test_creation as t
 from saejax.model.sae import SAEConfig
 sae = SAEConfig(d_model=384, n_latents=131_072, k=32)
 build = t.compiled(sae, (1, 8))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak():  # of this program alone; getrusage would count its parent's
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
 before = peak()
 jax.block_until_ready(build(jax.random.key(0), jax.numpy.zeros(384), jax.numpy.ones(())))
 print(json.dumps({"grown": peak() - before, "state": 8 * t.shard_bytes(sae, 8)}))

@@ -1,5 +1,6 @@
 """The step's gradients against dense autodiff in float64, term by term, on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -69,7 +70,7 @@ def dense_loss(params, x, dead, spec: LossSpec, shards: int):
     return loss
 
 
-def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1):
+def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1, variance=None):
     mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape))
     step_spec = StepSpec(
         loss=spec, normalizer=Normalizer(kind="none"), batch_tokens=len(x), chunks=chunks
@@ -81,7 +82,8 @@ def step_gradients(params, x, since, spec: LossSpec, mesh_shape, chunks=1):
         in_trees=(params, "tokens_since_fired", "replicated", "tokens"),
         out_trees=(params, "tokens_since_fired", "replicated"),
     )
-    return jax.jit(fn)(params, jnp.asarray(since), jnp.float64(VARIANCE), jnp.asarray(x))
+    variance = jnp.float64(VARIANCE) if variance is None else variance
+    return jax.jit(fn)(params, jnp.asarray(since), variance, jnp.asarray(x))
 
 
 def spec_of(auxk=0.0, multi=0.0, k_aux=16, capacities=(64, 64, 64), **options):
@@ -195,6 +197,44 @@ def test_tokens_at_capacity_are_counted(mesh_shape):
             want = ((by_shard == wanted.capacity) & more).sum()
             assert want > 0, name
             assert int(sums[name]) == want, name
+
+
+def float32_gradients(mesh_shape, spec, change=lambda x: x):
+    params, x, since = make_problem()
+    return step_gradients(
+        jax.tree.map(np.float32, params),
+        change(np.float32(x)),
+        since,
+        spec,
+        mesh_shape,
+        variance=np.float32(VARIANCE),
+    )
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("options", [{}, {"gather_codes": True}, {"relu": False}])
+def test_bfloat16_is_the_same_on_every_mesh(options, mesh_shape):
+    """Selection sees the same float32 sums, so that only the order of later sums differs."""
+    spec = dataclasses.replace(TERMS["all"], dtype=jnp.dtype("bfloat16"), **options)
+    want, since, _ = float32_gradients((1, 1), spec)
+    got, got_since, _ = float32_gradients(mesh_shape, spec)
+    np.testing.assert_array_equal(got_since, since)
+    for name, gradient in want.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(got[name], gradient, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_number_that_is_none_surfaces_on_a_mesh(bad):
+    def change(x):
+        x[5, 3] = bad
+        return x
+
+    for mesh_shape in ((1, 1), (2, 4)):
+        spec = dataclasses.replace(TERMS["all"], dtype=jnp.dtype("float32"))
+        _, _, sums = float32_gradients(mesh_shape, spec, change)
+        assert not np.isfinite(sums["squared_error"])
+        assert int(sums["auxk_skipped"]) == 1
 
 
 def test_exact_capacity_is_never_reached():

@@ -1,5 +1,6 @@
 """The mesh, the table of partitions, and training that does not depend on either."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,9 @@ from saejax.capacity import TopKConfig
 from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
+from saejax.plan import resolve_mesh
+from saejax.recipe import Recipe
+from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.state import abstract_state, create
@@ -120,9 +124,11 @@ def test_too_few_devices():
         make_mesh((4, 4))
 
 
-@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (-1, 8)])
-def test_empty_axis(shape):
-    with pytest.raises(ValueError, match=r"mesh_shape = \(.*\) must be .*at least 1, or 'auto'"):
+@pytest.mark.parametrize(
+    "shape", [(0, 1), (1, 0), (-1, 8), (8,), (2, 4, 1), (2.0, 4), (True, 8), "Auto", None, 8, ()]
+)
+def test_what_is_no_shape(shape):
+    with pytest.raises(ValueError, match=r"mesh_shape = .* must be .*at least 1, or 'auto'"):
         MeshConfig(mesh_shape=shape)
 
 
@@ -155,3 +161,50 @@ def test_specs_by_name_wherever_the_leaf_is():
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"no partition is known for \['theta'\]"):
         mesh_lib.tree_specs({"theta": jnp.zeros(3)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a TPU device tells of its place."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def chips(slices):
+    """So many slices of 2 x 2 x 2 chips."""
+    return [
+        Chip(8 * s + i, (i % 2, i // 2 % 2, i // 4), slice_index=s)
+        for s in range(slices)
+        for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (4, 4), (16, 1)])
+def test_latents_stay_within_a_slice(shape):
+    grid = mesh_lib.make_mesh(MeshShape(*shape), chips(2)).devices
+    assert grid.shape == shape
+    assert all(len({chip.slice_index for chip in row}) == 1 for row in grid)
+    assert len({chip.id for chip in grid.flat}) == 16
+
+
+def test_a_mesh_that_would_split_latents_across_slices_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 16\) would split .* 2 slices .*\(2, 8\)"):
+        mesh_lib.make_mesh(MeshShape(1, 16), chips(2))
+
+
+def test_auto_does_not_choose_one():
+    train = TrainConfig(tokens=131_072, batch_size=131_072, microbatch_size=8192)
+    recipe = Recipe(sae=SAEConfig(d_model=4096, n_latents=2**22, k=64), train=train)
+    shape = resolve_mesh(recipe, chips(2))
+    assert shape.data % 2 == 0 and shape.size == 16
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 5), (7, 1)])
+def test_a_part_of_a_torus(shape):
+    assert mesh_lib.make_mesh(MeshShape(*shape), chips(1)).devices.shape == shape

@@ -71,3 +71,10 @@ def test_gradients_pass_through(shape):
     got = jax.grad(lambda x: jnp.sum(jnp.sin(split(x))))(x)
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_no_rows():
+    _, split = models((1, 8), 6)
+    latents = split.encode(np.zeros((0, 3, D), np.float32))
+    assert latents.values.shape == (0, 3, 6)
+    assert split.decode(latents).shape == (0, 3, D)

@@ -150,7 +150,7 @@ def test_the_factor_is_a_floor_and_an_exact_capacity_is_a_ceiling():
     assert strict.capacity(16, 4096, 8) == 16
 
 
-def test_warning_share_is_ten_times_what_is_expected():
+def test_warning_share_is_five_times_what_is_expected():
     share = expected_share_at_capacity(256, GPT4, 512, 6)
     assert warning_share(256, GPT4, 512) == pytest.approx(5 * share)
     # It is quiet at the default capacity and loud at the paper's.

@@ -14,7 +14,7 @@ from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.spec import loss_spec
+from saejax.train.spec import bytes_over_data, loss_spec
 from saejax.train.state import abstract_state, create
 from saejax.train.step import auxk_capacities, jit_step, make_step
 
@@ -295,3 +295,19 @@ def test_capacities_reach_from_none_to_all():
     assert auxk_capacities(32, 32) == [0, 32]
     assert auxk_capacities(512, 2**15) == [0, 512, 4096, 2**15]
     assert auxk_capacities(64, 8) == [0, 8]
+
+
+def test_what_data_rows_send_each_other_is_what_is_fewer_bytes():
+    """By hand: codes move code + 2 rows a token, gradients 4 float32 rows a latent (a ring sum)."""
+    sae = SAEConfig(d_model=768, n_latents=32_768, k=256)
+    shape = mesh_lib.MeshShape(8, 1)
+    dense = loss_spec(sae, LossConfig(), TopKConfig(), 1, platform="tpu")
+    codes, gradients = bytes_over_data(dense, sae, shape, 32_768)
+    assert codes == 7 / 8 * 32_768 * (2 * 4 * 32_768 + 2 * 2 * 768)  # 32,768 <= 184 * 256: dense
+    assert gradients == 7 / 8 * 4 * 4 * 32_768 * 768
+    assert codes > gradients
+    wide = SAEConfig(d_model=12_288, n_latents=2**24, k=256)
+    pairs = loss_spec(wide, LossConfig(), TopKConfig(), 256, platform="tpu")
+    codes, gradients = bytes_over_data(pairs, wide, mesh_lib.MeshShape(2, 256), 131_072)
+    assert codes == 131_072 / 2 * (16 * 8 + 2 * 2 * 12_288)
+    assert codes < gradients
