@@ -169,7 +169,7 @@ def fit(
     several = processes.count() > 1
     feed = Feed(mesh_lib.token_sharding(mesh), train.batch_size)
     rows = batches.iterate(first, ranges=feed.ranges)
-    with _written(write_to, first) as write:
+    with _written(write_to, first, recipe, mesh) as write:
         watch = Watch(
             save=lambda state: store.save(state, metadata),
             save_every=recipe.checkpoint.every_steps,
@@ -188,39 +188,38 @@ def fit(
 
 
 @contextlib.contextmanager
-def _written(folder: pathlib.Path, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """What takes the records: the files of one process, nothing in the others."""
+def _written(
+    folder: pathlib.Path, first: int, recipe: Recipe, mesh: Mesh
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    """What takes the records: the files and the warnings of one process, nothing in the others."""
     if processes.index() > 0:
         yield lambda record: None
         return
-    writer = hooks.MetricsWriter(folder, first)
-    yield writer.write
+    writer, warning = hooks.MetricsWriter(folder, first), _capacity_warning(recipe, mesh)
+
+    def write(record: dict[str, float]) -> None:
+        writer.write(record)
+        warning.check(record)
+
+    yield write
     writer.close()
 
 
-def _recorder(
-    writer: hooks.MetricsWriter | None, recipe: Recipe, mesh: Mesh
-) -> Callable[[dict[str, float]], None]:
-    """Writes records and warns of a capacity that cuts too much; only process 0 does either."""
-    if writer is None:
-        return lambda record: None
+def _capacity_warning(recipe: Recipe, mesh: Mesh) -> hooks.CapacityWarning:
     shards = mesh_lib.shape_of(mesh).latent
     spec = loss_spec(recipe.sae, recipe.loss, recipe.topk, shards)
-    chosen = {"at_capacity": spec.main, "multi_at_capacity": spec.multi}
-    chosen["auxk_at_capacity"] = spec.aux
-    warning = hooks.CapacityWarning(
+    chosen = {
+        "at_capacity": spec.main,
+        "multi_at_capacity": spec.multi,
+        "auxk_at_capacity": spec.aux,
+    }
+    return hooks.CapacityWarning(
         {
             name: warning_share(selection.k, recipe.sae.n_latents, shards)
             for name, selection in chosen.items()
             if selection is not None
         }
     )
-
-    def record(values: dict[str, float]) -> None:
-        writer.write(values)
-        warning.check(values)
-
-    return record
 
 
 def _exporter(

@@ -68,10 +68,14 @@ def test_commands_parse_and_build(command):
     bindings = [
         b or c for b, c in re.findall(r"--gin_bindings=(?:\"([^\"]*)\"|'([^']*)')", command)
     ]
-    known = {"gin_file", "gin_bindings", "workdir", "dry_run", "list_configurables", "debug"}
+    known = {"gin_file", "gin_bindings", "workdir", "dry_run", "list_configurables", "debug"} | {
+        "topology"
+    }
     assert set(re.findall(r"--(\w+)", command)) <= known
     if "--list_configurables" not in command:
-        assert config.load_experiment(files, bindings)[0].plan()
+        topology = re.search(r"--topology=(\S+)", command)
+        plan = config.load_experiment(files, bindings)[0].plan
+        assert plan(topology[1] if topology else None)
 
 
 # --- The snippets ---------------------------------------------------------------------------------
