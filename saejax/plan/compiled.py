@@ -14,7 +14,7 @@ from saejax import mesh as mesh_lib
 from saejax.mesh import MeshShape
 from saejax.model.normalizer import Normalizer
 from saejax.plan.hardware import Topology
-from saejax.plan.hlo import Collective, Program
+from saejax.plan.hlo import Collective, Program, Unreadable
 from saejax.plan.traffic import SCOPES
 from saejax.recipe import Recipe
 from saejax.train import state as state_lib
@@ -63,7 +63,8 @@ class Compiled:
       peak: arguments, temporaries, and outputs that take no argument's place.
       live: bytes at the fullest moment, by the compiler's own account. On a TPU it is less than
         `peak`: a step of 114 GiB by the sum and 86 by this was accepted for 95.7 GiB.
-      collectives: of the program.
+      collectives: of the program; None if they could not be read.
+      unread: why not; empty if they were.
       seconds: that compiling took.
     """
 
@@ -71,7 +72,8 @@ class Compiled:
     temporaries: int
     peak: int
     live: int
-    collectives: list[Collective]
+    collectives: list[Collective] | None
+    unread: str
     seconds: float
 
 
@@ -115,6 +117,17 @@ def devices_of(topology: Topology) -> list[jax.Device] | None:
             f"are as in v5p:4x4x4, v5p:8x8x8, v5e:4x4, v6e:16x16"
         ) from error
     return list(description.devices)
+
+
+def why_not_compiled(topology: Topology) -> str:
+    """What is missing where `devices_of` has none."""
+    name, host = topology.chip.name, topology.chip.host
+    if topology.chip.kind == "gpu" and name not in _GPU_TARGETS:
+        return f"no compiler for {name} is known (of GPUs, for {', '.join(_GPU_TARGETS)})"
+    if topology.chip.kind == "gpu" and topology.devices > host and topology.devices % host:
+        return f"{topology.devices} GPUs do not fill hosts of {host}, for which programs compile"
+    extra = "tpu" if topology.chip.kind == "tpu" else "cuda13"
+    return f"no compiler for {name} is installed (pip install .[{extra}])"
 
 
 def _gpus(topology: Topology) -> list[jax.Device] | None:
@@ -174,14 +187,19 @@ def compile_step(
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = Program(compiled.as_text(), shape, SCOPES)
+    collectives, unread = None, ""
+    try:
+        collectives = Program(compiled.as_text(), shape, SCOPES).collectives(expected)
+    except Unreadable as error:  # of a compiler that writes otherwise; memory is known all the same
+        unread = str(error)
     peak = arguments + memory.temp_size_in_bytes + new
     return Compiled(
         arguments=arguments,
         temporaries=memory.temp_size_in_bytes,
         peak=peak,
         live=memory.peak_memory_in_bytes or peak,
-        collectives=program.collectives(expected),
+        collectives=collectives,
+        unread=unread,
         seconds=time.monotonic() - began,
     )
 

@@ -8,14 +8,16 @@ from saejax.plan import search
 from saejax.plan.compiled import Compiled, Refused
 from saejax.plan.estimate import PRODUCT_EFFICIENCY, Estimate
 from saejax.plan.hardware import Topology
+from saejax.plan.hlo import Collective
 from saejax.plan.workload import DEAD_FRACTION, Workload
 
 _LABEL = 36
 _SHOWN = 6
 
 ASSUMPTIONS = (
-    f"products at {PRODUCT_EFFICIENCY:.0%} of the peak rate, memory and links at their own rate, "
-    f"nothing overlapped, {DEAD_FRACTION:.0%} of the latents dead"
+    f"analytic, also of the collectives; products at {PRODUCT_EFFICIENCY:.0%} of the peak rate, "
+    f"memory and links at their own rate, nothing overlapped, {DEAD_FRACTION:.0%} of the latents "
+    f"dead"
 )
 
 
@@ -98,16 +100,16 @@ def flops(work: Workload) -> list[str]:
     return [*lines, _row("per step and device", f"{sum(per_step.values()):.3e}")]
 
 
-def collectives(estimate: Estimate, source: str) -> list[str]:
-    """Every collective of a step."""
-    if not estimate.collectives:
+def collectives(estimate: Estimate, rows: Sequence[Collective], source: str) -> list[str]:
+    """Every collective of a step, as the arithmetic or the compiler has it."""
+    if not rows:
         return ["collectives: none"]
     lines = [
         f"collectives, per device and step ({source}); bytes of the full array",
         f"  {'name':<26}{'kind':<20}{'axis':<14}{'calls':>6}{'MB':>13}{'ms':>9}",
     ]
     timed = estimate.work.topology.chip.kind != "cpu"
-    for one in estimate.collectives:
+    for one in rows:
         time = f"{1e3 * estimate.collective_seconds(one):,.2f}" if timed else ""
         lines.append(
             f"  {one.name:<26}{one.kind:<20}{one.axis:<14}{one.calls:>6,.0f}"
@@ -135,7 +137,8 @@ def times(estimate: Estimate) -> list[str]:
 def table(ranked: Sequence[Estimate], configured: Estimate) -> list[str]:
     """The best mesh shapes, each with its microbatch, and the configured one."""
     lines = [
-        "search      mesh and microbatch by expected time, where memory holds them (analytic)",
+        "search      mesh and microbatch by expected time, where memory holds them (analytic);",
+        f"            first the one of least memory within {search.AS_FAST - 1:.0%} of the fastest",
         f"  {'mesh':<14}{'microbatch':>10}{'memory':>12}{'ms':>12}{'tokens/s':>14}",
     ]
     shown = list(ranked[:_SHOWN])
@@ -157,8 +160,10 @@ def _same(one: Estimate, other: Estimate) -> bool:
     return (one.work.shape, one.work.block) == (other.work.shape, other.work.block)
 
 
-def recommendation(choice: Estimate, note: str) -> list[str]:
-    """One mesh and microbatch, as lines of a gin file."""
+def recommendation(choice: Estimate | None, note: str) -> list[str]:
+    """One mesh and microbatch, as lines of a gin file; or why there is none."""
+    if choice is None:
+        return [f"recommended none: {note}"]
     return [f"recommended ({note})", *(f"  {line}" for line in search.bindings(choice))]
 
 

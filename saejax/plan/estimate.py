@@ -43,11 +43,9 @@ class Estimate:
 
     Attributes:
       work: the step.
-      compiled: collectives of the compiled program, if there is one, instead of the expected ones.
     """
 
     work: Workload
-    compiled: tuple[Collective, ...] | None = None
 
     @functools.cached_property
     def memory(self) -> dict[str, int]:
@@ -62,7 +60,7 @@ class Estimate:
         parts["gradients"] = 2 * f32 * work.matrix
         parts["weights in the compute dtype"] = 2 * narrow * work.matrix if narrow < f32 else 0
         # A TPU sums the block's gradients over 'data' in one more.
-        summed = work.spec.loss.gather_codes and work.topology.chip.kind == "tpu"
+        summed = work.shape.data > 1 and work.topology.chip.kind == "tpu"
         copies = held.auxk + summed
         parts["AuxK"] = copies * f32 * dead * work.width
         dense = held.dense if work.is_dense(dead, work.spec.loss.aux.k) else 0
@@ -82,9 +80,7 @@ class Estimate:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """Of a step."""
-        if self.compiled is not None:
-            return list(self.compiled)
+        """Of a step of the expected case; those of a compiled program are of the worst."""
         return traffic.expected_collectives(self.work)
 
     def collective_seconds(self, one: Collective) -> float:
@@ -111,10 +107,13 @@ class Estimate:
         dead, _ = work.auxk_blocks
         ema = _EMA_BYTES if work.recipe.optimizer.ema_decay is not None else 0
         pairs = work.pairs(loss.main.k) + (work.pairs(loss.multi.k) if loss.multi else 0)
+        outer = pairs * work.outer_rows
         if dead and not work.is_dense(dead, loss.aux.k):
             pairs += work.pairs(loss.aux.k)
-        # Three gathers of rows, two of them with the decoder's; three sums that read and write.
-        sparse = pairs * work.width * (5 * narrow + 3 * 8)
+            outer += work.pairs(loss.aux.k)
+        # Decoding and the values' gradients gather three rows and add to one; each of the two outer
+        # products gathers one and adds to one. Adding reads and writes.
+        sparse = work.width * (pairs * (3 * narrow + 8) + 2 * outer * (narrow + 8))
         return {
             "optimizer": (_UPDATE_BYTES + ema) * 2 * work.matrix,
             "pre-activations": 3 * 4 * work.rows * (work.latents + dead),

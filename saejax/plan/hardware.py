@@ -1,6 +1,7 @@
 """What hardware offers a step, from public data sheets, and the names that a plan knows it by."""
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -108,6 +109,8 @@ CHIPS = {
     )
 }
 
+_CHIP_OF = {name.lower(): chip for name, chip in CHIPS.items()}
+
 # Part of `Device.device_kind` -> chip, the more special name first.
 _KINDS = {
     "TPU v5 lite": "v5e",
@@ -151,36 +154,45 @@ def parse_topology(text: str) -> Topology:
     """The topology that a flag names.
 
     Args:
-      text: 'v5p:8x8x8' (a TPU and the sides of its slice), 'gpu:H100x512', or 'cpu:8'.
+      text: 'v5p:8x8x8' (a TPU and the sides of its slice), 'gpu:H100x512', or 'cpu:8'; in capitals
+        or not.
 
     Raises:
       ValueError: the text has another form, or the chip is not known.
     """
-    tpus = [f"{c.name}:{_TPU_SIDES[c.torus]}" for c in CHIPS.values() if c.kind == "tpu"]
-    gpus = [c.name for c in CHIPS.values() if c.kind == "gpu"]
-    allowed = (
-        f"a TPU and the sides of its slice ({', '.join(tpus)}, or other sides), "
-        f"gpu:<chip>x<count> with chip {', '.join(gpus)} (gpu:H100x512), or cpu:<count> (cpu:8)"
-    )
-    refusal = ValueError(f"--topology={text} is not known; allowed: {allowed}")
-    kind, _, size = text.partition(":")
-    chip = CHIPS.get(kind)
+    kind, _, size = text.strip().lower().partition(":")
+    gpu = re.fullmatch(r"(\w+?)x([1-9]\d*)", size) if kind == "gpu" else None
+    chip = _CHIP_OF.get(gpu[1] if gpu else kind)
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
-        return Topology(name=text, chip=chip, devices=int(size))
-    if kind == "gpu" and (found := re.fullmatch(r"(\w+?)x([1-9]\d*)", size)):
-        chip = CHIPS.get(found[1])
-        if chip is not None and chip.kind == "gpu":
-            return Topology(name=text, chip=chip, devices=int(found[2]))
-        raise refusal
-    if chip is None or chip.kind != "tpu" or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
-        raise refusal
+        return Topology(name=f"cpu:{size}", chip=chip, devices=int(size))
+    if gpu and chip is not None and chip.kind == "gpu":
+        name = f"gpu:{chip.name}x{gpu[2]}"
+        return Topology(name=name, chip=chip, devices=int(gpu[2]))
+    sized = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size)
+    if gpu or chip is None or chip.kind != "tpu" or not sized:
+        raise _unknown(text)
     sides = tuple(int(side) for side in size.split("x"))
     if len(sides) != chip.torus:
         raise ValueError(
             f"--topology={text}: a slice of {kind} has {chip.torus} sides, as in "
             f"{kind}:{_TPU_SIDES[chip.torus]}; {size} has {len(sides)}"
         )
-    return Topology(name=text, chip=chip, devices=math.prod(sides) * chip.per_chip, sides=sides)
+    name = f"{chip.name}:{size}"
+    return Topology(name=name, chip=chip, devices=math.prod(sides) * chip.per_chip, sides=sides)
+
+
+def _unknown(text: str) -> ValueError:
+    """Names what is known, and what is nearest to what was asked for."""
+    tpus = [f"{c.name}:{_TPU_SIDES[c.torus]}" for c in CHIPS.values() if c.kind == "tpu"]
+    gpus = [c.name for c in CHIPS.values() if c.kind == "gpu"]
+    examples = [*tpus, *(f"gpu:{name}x512" for name in gpus), "cpu:8"]
+    near = difflib.get_close_matches(text.lower(), [e.lower() for e in examples], n=1)
+    meant = next((f"; did you mean {e}?" for e in examples if e.lower() in near), "")
+    return ValueError(
+        f"--topology={text} is not known{meant or '.'} Allowed: a TPU and the sides of its slice "
+        f"({', '.join(tpus)}, or other sides), gpu:<chip>x<count> with chip {', '.join(gpus)} "
+        f"(gpu:H100x512), or cpu:<count> (cpu:8)"
+    )
 
 
 def topology_of(devices: Sequence[jax.Device]) -> Topology | None:

@@ -3,7 +3,7 @@
 Bytes are of the full array: what an all-gather makes, what a reduce-scatter, an all-reduce or an
 all-to-all takes, per device and call. A collective in a loop counts once a trip; of the branches of
 a conditional, the one that moves most counts. Each is named by the `jax.named_scope` it was traced
-under.
+under. What cannot be followed is an error: a collective that is missed would pass for one saved.
 """
 
 import dataclasses
@@ -30,9 +30,17 @@ _KINDS = (
 _ITEM = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|async_wrapped|called_computations)=\{?%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|async_wrapped|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_ANY_COLLECTIVE = re.compile(rf"^\s.* = .* (?:{'|'.join(_KINDS)})(?:-start)?\(", re.MULTILINE)
 _SCALARS = 64  # bytes: less is a count or a sum, whatever became of its name
 _NEIGHBOURS = 3  # instructions to follow from one whose own origin the compiler dropped
+
+
+class Unreadable(ValueError):
+    """The text of a program has something whose collectives cannot be counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,11 @@ class _Instruction:
         return next((k for k in _KINDS if self.opcode in (k, f"{k}-start")), None)
 
     def called(self) -> list[str]:
-        return _CALLED.findall(self.text)
+        """Computations that it runs once; none for the second half of what has one."""
+        if self.opcode.endswith(("-done", "-update")):
+            return []
+        found = _CALLED.findall(_QUOTED.sub("", self.text))
+        return [name for names in found for name in re.findall(r"[\w.\-]+", names)]
 
 
 _Computation = dict[str, _Instruction]
@@ -94,9 +106,21 @@ class Program:
           text: of one module.
           shape: of the mesh that it was compiled for.
           scopes: names that its collectives were traced under.
+
+        Raises:
+          Unreadable: there is no entry, or something that cannot be followed.
         """
         self.computations, self.entry = _parse(text)
+        if not self.entry:
+            raise Unreadable("the compiled program has no ENTRY computation")
         self._shape, self._scopes = shape, scopes
+        visited: set[tuple[str, str]] = set()
+        self._found = self._walk(self.entry, "", visited)
+        written = len(_ANY_COLLECTIVE.findall(_QUOTED.sub("", text)))
+        if written != len(visited):
+            raise Unreadable(
+                f"the compiled program has {written} collectives, of which {len(visited)} were read"
+            )
 
     def collectives(self, expected: Sequence[Collective] = ()) -> list[Collective]:
         """All of them, those alike in name, kind and axis as one; most bytes first.
@@ -107,7 +131,7 @@ class Program:
             no other has it.
         """
         merged: dict[tuple[str, str, str], Collective] = {}
-        for one in _identify(self._walk(self.entry, ""), expected):
+        for one in _identify(self._found, expected):
             key = (one.name, one.kind, one.axis)
             if key in merged:
                 one = dataclasses.replace(
@@ -116,35 +140,59 @@ class Program:
             merged[key] = one
         return sorted(merged.values(), key=lambda c: (-c.bytes, c.name, c.kind))
 
-    def _walk(self, name: str, caller: str) -> list[Collective]:
-        """Of one call of a computation; `caller` is the scope that the call itself has."""
-        if name not in self.computations:
-            return []
-        found, body = [], self.computations[name]
+    def _walk(self, name: str, caller: str, visited: set[tuple[str, str]]) -> list[Collective]:
+        """Of one call of a computation; `caller` is the scope that the call itself has.
+
+        Adds the computation and the name of every collective to `visited`.
+        """
+        found, body = [], self._computation(name)
         for instruction in body.values():
             if instruction.kind:
+                visited.add((name, instruction.name))
                 one = self._collective(instruction, body, name, caller)
                 found += [one] if one.axis else []  # among one device each: no traffic
                 continue
             scope = self._known(instruction.origin) or caller
             if instruction.opcode == "conditional":
-                branches = [self._walk(b, scope) for b in _branches(instruction)]
-                found += max(branches, key=lambda b: sum(c.bytes for c in b))
+                branches = [self._walk(b, scope, visited) for b in _branches(instruction)]
+                found += max(branches, key=lambda b: sum(c.bytes for c in b), default=[])
                 continue
-            trips = self._trips(instruction) if instruction.opcode == "while" else 1
-            for called in instruction.called():
-                found += [
-                    dataclasses.replace(c, calls=c.calls * trips, bytes=c.bytes * trips)
-                    for c in self._walk(called, scope)
-                ]
+            inner = [c for n in instruction.called() for c in self._walk(n, scope, visited)]
+            if instruction.opcode == "while":
+                inner = self._repeated(instruction, inner, scope, visited)
+            found += inner
         return found
+
+    def _repeated(
+        self, loop: _Instruction, body: list[Collective], scope: str, visited: set[tuple[str, str]]
+    ) -> list[Collective]:
+        """Of all trips of a loop, whose condition runs once more than its body."""
+        tests = [c for n in _conditions(loop) for c in self._walk(n, scope, visited)]
+        if not (body or tests):
+            return []
+        trips = self._trips(loop)
+        if trips is None:
+            raise Unreadable(f"the loop {loop.name} has collectives, and its trips are not known")
+        return [
+            dataclasses.replace(c, calls=c.calls * n, bytes=c.bytes * n)
+            for part, n in ((body, trips), (tests, trips + 1))
+            for c in part
+        ]
+
+    def _computation(self, name: str) -> _Computation:
+        if name not in self.computations:
+            raise Unreadable(f"the compiled program calls {name}, which it does not have")
+        return self.computations[name]
 
     def _collective(
         self, instruction: _Instruction, body: _Computation, computation: str, caller: str
     ) -> Collective:
         kind = instruction.kind
         groups = _groups(instruction.text, self._shape.size)
-        size = sum(_bytes(body[o].type) for o in instruction.operands if o in body)
+        unknown = [o for o in instruction.operands if o not in body]
+        if unknown or not instruction.operands:
+            raise Unreadable(f"operands of {instruction.name} are not known: {unknown}")
+        size = sum(_bytes(body[o].type) for o in instruction.operands)
         if kind == "all-gather":
             size *= groups.shape[1]
         elif kind == "all-reduce" and "all-reduce-scatter" in computation:
@@ -192,19 +240,19 @@ class Program:
         axes = [axis for axis, over in ((DATA, over_data), (LATENT, over_latent)) if over]
         return ", ".join(axes)
 
-    def _trips(self, loop: _Instruction) -> int:
+    def _trips(self, loop: _Instruction) -> int | None:
         """Trips of a loop: as the compiler annotates, or the constant that its condition holds."""
         found = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
         if found:
             return int(found[1])
-        limits, left = [], re.findall(r"condition=%?([\w.\-]+)", loop.text)
+        limits, left = [], _conditions(loop)
         while left:
-            for instruction in self.computations.get(left.pop(), {}).values():
+            for instruction in self._computation(left.pop()).values():
                 left += instruction.called()
                 constant = re.match(r"(\d+)\)", instruction.text)
                 if instruction.opcode == "constant" and constant and "[]" in instruction.type:
                     limits.append(int(constant[1]))
-        return max(limits, default=1)
+        return max(limits, default=None)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -230,6 +278,10 @@ def _inside(rest: str) -> str:
         if depth == 0:
             return rest[:position]
     return rest
+
+
+def _conditions(loop: _Instruction) -> list[str]:
+    return re.findall(r"\bcondition=%?([\w.\-]+)", loop.text)
 
 
 def _branches(conditional: _Instruction) -> Iterator[str]:

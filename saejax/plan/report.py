@@ -1,19 +1,22 @@
 """The whole plan of a recipe: compiled where it can be, searched, described."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import jax
 
 from saejax.mesh import shapes_of
 from saejax.plan import describe, search
-from saejax.plan.compiled import Compiled, Refused, compile_step, devices_of
+from saejax.plan.compiled import Compiled, Refused, compile_step, devices_of, why_not_compiled
 from saejax.plan.estimate import Estimate
 from saejax.plan.hardware import CHIPS, Topology, parse_topology, topology_of
 from saejax.plan.search import choose_mesh
 from saejax.plan.traffic import expected_collectives
-from saejax.plan.workload import Workload
+from saejax.plan.workload import DEAD_FRACTION, Workload
 from saejax.recipe import Recipe
+
+_log = logging.getLogger(__name__)
 
 _COMPILED_AT_MOST = 3  # recommendations tried, each a compilation
 _ESTIMATED_TOO_HIGH = 1.1  # at most, of the memory that is compiled
@@ -36,7 +39,8 @@ def report(recipe: Recipe, topology: str | None = None) -> str:
     if topology is None:
         return _of_present(recipe)
     target = parse_topology(topology)
-    shape = choose_mesh(recipe, target.devices, target)
+    where = f"of --topology={target.name}"
+    shape = choose_mesh(recipe, target.devices, target, where=where)
     if shape.size != target.devices:
         fitting = ", ".join(f"({s.data}, {s.latent})" for s in shapes_of(target.devices))
         raise ValueError(
@@ -45,16 +49,16 @@ def report(recipe: Recipe, topology: str | None = None) -> str:
         )
     devices = devices_of(target)
     configured = Estimate(Workload(recipe, shape, target))
-    result = _compile(configured, devices)
-    if isinstance(result, Compiled):
-        configured = dataclasses.replace(configured, compiled=tuple(result.collectives))
-    source, short = _source(target, result)
+    result = compile_for(configured, devices)
+    rows, short = configured.collectives, f"analytic, {DEAD_FRACTION:.0%} of the latents dead"
+    if isinstance(result, Compiled) and result.collectives is not None:
+        rows, short = result.collectives, "compiled, all latents dead, times by these bytes"
     sections = [
-        describe.head(configured.work) + describe.hardware(target, source),
+        describe.head(configured.work) + describe.hardware(target, _source(target, result)),
         describe.parameters(configured.work),
         describe.memory(configured, result),
         describe.flops(configured.work),
-        describe.collectives(configured, short),
+        describe.collectives(configured, rows, short),
     ]
     if target.chip.kind != "cpu":
         ranked = search.candidates(recipe, target)
@@ -82,7 +86,7 @@ def _of_present(recipe: Recipe) -> str:
         describe.parameters(estimate.work),
         describe.memory(estimate, None),
         describe.flops(estimate.work),
-        describe.collectives(estimate, "analytic"),
+        describe.collectives(estimate, estimate.collectives, "analytic"),
     ]
     if known and target.chip.kind != "cpu":
         sections.append(describe.times(estimate))
@@ -92,22 +96,31 @@ def _of_present(recipe: Recipe) -> str:
     return describe.join(sections)
 
 
-def _compile(estimate: Estimate, devices: Sequence[jax.Device] | None) -> Compiled | Refused | None:
+def compile_for(
+    estimate: Estimate, devices: Sequence[jax.Device] | None
+) -> Compiled | Refused | None:
+    """The step of an estimate compiled for these devices; None where there are none."""
     if devices is None:
         return None
     work = estimate.work
+    _log.info("compiling %s for %s ...", work.shape, work.topology.name)
     expected = expected_collectives(work, largest_auxk=True)
     return compile_step(work.recipe, list(devices), work.shape, expected)
 
 
-def _source(target: Topology, result: Compiled | Refused | None) -> tuple[str, str]:
+def _source(target: Topology, result: Compiled | Refused | None) -> str:
+    """Where memory and collectives come from."""
     if result is None:
-        install = " (pip install .[tpu] for the TPU compiler)" if target.chip.kind == "tpu" else ""
-        return f"analytic: no compiler for {target.chip.name} is installed{install}", "analytic"
+        return f"analytic: {why_not_compiled(target)}"
     if isinstance(result, Refused):
-        return "the step was compiled, and refused for its memory; the rest is analytic", "analytic"
-    source = f"memory and collectives of the step compiled for it, in {result.seconds:.0f} s"
-    return f"{source}; times are analytic", "compiled, all latents dead"
+        return "the step was compiled, and refused for its memory; the rest is analytic"
+    took = f"of the step compiled for it, in {result.seconds:.0f} s"
+    if result.collectives is None:
+        return (
+            f"memory {took}; its collectives could not be read ({result.unread}): they and times "
+            f"are analytic"
+        )
+    return f"memory and collectives {took}; times are analytic"
 
 
 def _recommend(
@@ -115,13 +128,12 @@ def _recommend(
     configured: Estimate,
     result: Compiled | Refused | None,
     devices: Sequence[jax.Device] | None,
-) -> tuple[Estimate, str]:
-    """The best of the search that the compiler, where there is one, does not refuse."""
+) -> tuple[Estimate | None, str]:
+    """The best of the search that the compiler, where there is one, does not refuse, and a note."""
     if not ranked:
         return configured, "nothing else divides the latents and the batch"
     if devices is None:
-        fits = ranked[0].fits()
-        return ranked[0], "analytic" if fits else f"analytic; the nearest: {_NOTHING_FITS}"
+        return (ranked[0], "analytic") if ranked[0].fits() else (None, _NOTHING_FITS)
     for choice in ranked[:_COMPILED_AT_MOST]:
         if not choice.fits(int(choice.peak / _ESTIMATED_TOO_HIGH)):
             break  # no use in compiling
@@ -129,7 +141,7 @@ def _recommend(
             configured.work.shape,
             configured.work.recipe.train,
         )
-        found = result if same else _compile(choice, devices)
+        found = result if same else compile_for(choice, devices)
         if isinstance(found, Compiled) and choice.fits(found.live):
             return choice, f"compiled: {describe.size(found.live)} a device"
-    return ranked[0], f"analytic; the compiler refuses the best ones: {_NOTHING_FITS}"
+    return None, _NOTHING_FITS

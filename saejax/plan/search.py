@@ -16,17 +16,23 @@ from saejax.train.spec import bytes_over_data, loss_spec
 # An estimate this close to the memory of a device may not fit it once it is compiled.
 _SAFE_SHARE = 0.9
 
+_TOO_LARGE = 2  # rank of what no memory holds
+
 # Products with fewer rows leave matrix units idle, which the estimate does not see.
 _LEAST_ROWS = 2048
 
-# Times this close are the same to an estimate; then less memory is worth more.
-_AS_FAST = 1.01
+AS_FAST = 1.1
+"""Meshes whose times are this close are the same to an estimate; less memory is then worth more."""
+
+# Of one mesh the estimate errs alike, so that its microbatches are told apart by less.
+_MICROBATCH_AS_FAST = 1.01
 
 
 def resolve_mesh(recipe: Recipe, devices: Sequence[jax.Device]) -> MeshShape:
     """The mesh of a recipe on these devices; chooses one where the recipe says 'auto'.
 
-    The fastest by estimate of those that fit memory; on devices whose rates are not known, the one
+    Of those that fit memory and are about as fast by estimate as the fastest, the one that takes
+    the least of it; on devices whose rates are not known, the one
     that moves the fewest bytes.
 
     Raises:
@@ -37,18 +43,37 @@ def resolve_mesh(recipe: Recipe, devices: Sequence[jax.Device]) -> MeshShape:
 
 
 def choose_mesh(
-    recipe: Recipe, n_devices: int, topology: Topology | None, slices: int = 1
+    recipe: Recipe,
+    n_devices: int,
+    topology: Topology | None,
+    slices: int = 1,
+    *,
+    where: str = "present",
 ) -> MeshShape:
-    """`resolve_mesh` for so many devices of a kind that may be unknown, in so many slices."""
+    """`resolve_mesh` for so many devices of a kind that may be unknown, in so many slices.
+
+    `where` they are is for the error.
+    """
     if recipe.mesh.shape is not None:
         return recipe.mesh.shape
-    shapes = fitting_shapes(recipe, n_devices, slices)
+    shapes = fitting_shapes(recipe, n_devices, slices, where=where)
     if topology is None or topology.chip.kind == "cpu":
         return min(shapes, key=lambda shape: (_bytes_moved(recipe, shape), shape.data))
-    return min(shapes, key=lambda shape: _rank(Estimate(Workload(recipe, shape, topology))))
+    return _best([Estimate(Workload(recipe, shape, topology)) for shape in shapes]).work.shape
 
 
-def fitting_shapes(recipe: Recipe, n_devices: int, slices: int = 1) -> list[MeshShape]:
+def _best(estimates: Sequence[Estimate], as_fast: float = AS_FAST) -> Estimate:
+    """Of those about as fast as the fastest that fits, the one that takes the least memory."""
+    crowding, cost = min(map(_rank, estimates))
+    if crowding == _TOO_LARGE:
+        return min(estimates, key=_rank)
+    near = [e for e in estimates if _rank(e)[0] == crowding and _rank(e)[1] <= as_fast * cost]
+    return min(near, key=lambda e: e.peak)
+
+
+def fitting_shapes(
+    recipe: Recipe, n_devices: int, slices: int = 1, *, where: str = "present"
+) -> list[MeshShape]:
     """Every mesh of exactly so many devices that divides latents, batch and microbatch.
 
     Latents are not split across slices, whose network is slow.
@@ -62,10 +87,16 @@ def fitting_shapes(recipe: Recipe, n_devices: int, slices: int = 1) -> list[Mesh
         if shape.data % slices == 0 and _divides(recipe, shape)
     ]
     if not shapes:
+        train = recipe.train
+        sizes = [
+            f"SAE.n_latents = {recipe.sae.n_latents}",
+            f"Train.batch_size = {train.batch_size}",
+        ]
+        if train.microbatch_size is not None:
+            sizes.append(f"Train.microbatch_size = {train.microbatch_size}")
         raise ValueError(
-            f"Mesh.mesh_shape = 'auto' finds no mesh of the {n_devices} devices present: "
-            f"SAE.n_latents = {recipe.sae.n_latents} and Train.batch_size = "
-            f"{recipe.train.batch_size} must divide by its sides; change one, or set "
+            f"Mesh.mesh_shape = 'auto' finds no mesh of the {n_devices} devices {where}: "
+            f"{', '.join(sizes[:-1])} and {sizes[-1]} must divide by its sides; change one, or set "
             f"Mesh.mesh_shape = (1, 1) for one device"
         )
     return shapes
@@ -100,7 +131,7 @@ def with_mesh(recipe: Recipe, shape: MeshShape, microbatch: int) -> Recipe:
 
 
 def candidates(recipe: Recipe, topology: Topology) -> list[Estimate]:
-    """Every mesh of the topology with the microbatch that suits it, best first.
+    """Every mesh of the topology with the microbatch that suits it, best first, the rest by time.
 
     What fits memory safely comes before what may fit, and that before what does not.
     Microbatches are powers of two times the latent shards, whose tokens they split over.
@@ -114,22 +145,23 @@ def candidates(recipe: Recipe, topology: Topology) -> list[Estimate]:
                 tried.append(Estimate(Workload(changed, shape, topology)))
         if tried:
             found.append(_frugal(tried))
-    return sorted(found, key=_rank)
+    if not found:
+        return []
+    best = _best(found)
+    return [best, *sorted((e for e in found if e is not best), key=_rank)]
 
 
 def _frugal(tried: Sequence[Estimate]) -> Estimate:
     """Of estimates about as fast as the best, the one that takes the least memory."""
     tried = [e for e in tried if e.work.block >= _LEAST_ROWS and e.fits()] or tried
-    crowding, cost = min(map(_rank, tried))
-    near = [e for e in tried if _rank(e)[0] == crowding and _rank(e)[1] <= _AS_FAST * cost]
-    return min(near, key=lambda e: e.peak)
+    return _best(tried, _MICROBATCH_AS_FAST)
 
 
 def _rank(estimate: Estimate) -> tuple[int, float]:
     """What fits safely, then what may fit, each by time; then what does not fit, by memory."""
     memory = estimate.work.topology.chip.memory
     if memory and estimate.peak > memory:
-        return 2, estimate.peak
+        return _TOO_LARGE, estimate.peak
     return int(bool(memory) and estimate.peak > _SAFE_SHARE * memory), estimate.step_seconds
 
 

@@ -44,9 +44,9 @@ def expected_collectives(work: Workload, *, largest_auxk: bool = False) -> list[
     if block:
         rows += _of_microbatch(work, "auxk ", loss.aux, block, tokens=True)
         rows.append(_one("auxk sums", "all-reduce", _BOTH, 3, 4 * (work.width + 2)))
-        if loss.gather_codes:
-            size = 4 * block * (2 * work.width + 1)
-            rows.append(_one("auxk gradients over data", "all-reduce", DATA, 3, size))
+        # Of few rows, so summed whichever way the main gradients go.
+        size = 4 * block * (2 * work.width + 1)
+        rows.append(_one("auxk gradients over data", "all-reduce", DATA, 3, size))
     if not loss.gather_codes:
         size = 4 * (2 * matrix + work.latents)
         rows.append(_one("gradients over data", "all-reduce", DATA, 3, size))
@@ -125,9 +125,13 @@ def bandwidth(axes: list[str], topology: Topology, shape: MeshShape) -> float:
         return taken * chip.link * (2 if topology.closed else 1)
     if chip.kind == "cpu" or topology.devices <= chip.host:
         return chip.link
-    neighbours = axes == [LATENT] or shape.latent == 1  # 'latent' lies within hosts first
-    if neighbours and members <= chip.host:
+    # 'latent' lies within hosts first. A ring enters and leaves each host once, however many of its
+    # members are there, and the rings of a host share its adapters, one a GPU, in equal parts: as
+    # many adapters to a ring as it has members on the host.
+    if axes == [LATENT]:
+        neighbours = min(shape.latent, chip.host)
+    else:
+        neighbours = chip.host if LATENT in axes else max(chip.host // shape.latent, 1)
+    if members <= neighbours:
         return chip.link
-    if DATA in axes and shape.latent >= chip.host and axes == [DATA]:
-        return chip.network  # one member a host
-    return min(chip.link, chip.network * chip.host)
+    return min(chip.link, chip.network * neighbours)

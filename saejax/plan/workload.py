@@ -103,6 +103,11 @@ class Workload:
         """Kept (token, latent) pairs of this device and step, of a selection of k."""
         return self.rows * k / self.shape.latent
 
+    @property
+    def outer_rows(self) -> int:
+        """Data rows whose tokens' outer products this device makes: all, where codes are sent."""
+        return self.shape.data if self.spec.loss.gather_codes else 1
+
     @functools.cached_property
     def state_bytes(self) -> dict[str, int]:
         """Of this device's part of the training state."""
@@ -139,7 +144,8 @@ class Workload:
         return {
             "encoder forward": row * self.latents * self.rows,
             "sparse decode": row * kept,
-            "sparse gradients": 3 * row * kept,
+            # The values' gradients, and the outer products of both matrices.
+            "sparse gradients": (1 + 2 * self.outer_rows) * row * kept,
             "AuxK": auxk,
             "optimizer": _UPDATE_FLOPS * 2.0 * self.matrix,
         }

@@ -7,6 +7,7 @@ from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.sae import SAEConfig
 from saejax.plan.compiled import Compiled, compile_step
 from saejax.plan.hardware import parse_topology
+from saejax.plan.hlo import UNNAMED
 from saejax.plan.traffic import expected_collectives
 from saejax.plan.workload import Workload
 from saejax.recipe import Recipe
@@ -24,8 +25,8 @@ def compiled(shape, exchange, multi) -> tuple[Workload, Compiled]:
         mesh=MeshConfig(mesh_shape=shape, data_exchange=exchange),
     )
     work = Workload(recipe, MeshShape(*shape), parse_topology("cpu:8"))
-    expected = expected_collectives(work, largest_auxk=True)
-    return work, compile_step(recipe, jax.devices(), work.shape, expected)
+    # Nothing is said of what to expect: on CPU every one keeps the name it was traced under.
+    return work, compile_step(recipe, jax.devices(), work.shape, [])
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def compiled(shape, exchange, multi) -> tuple[Workload, Compiled]:
 def test_exactly_the_collectives_of_the_table(shape, exchange, multi):
     work, result = compiled(shape, exchange, multi)
     expected = expected_collectives(work, largest_auxk=True)
+    assert not result.unread and UNNAMED not in {c.name for c in result.collectives}
     found = {(c.name, c.kind, c.axis): c.bytes for c in result.collectives}
     table = {(c.name, c.kind, c.axis): c.bytes for c in expected}
     large = {row: size for row, size in found.items() if row[0] not in SCALARS}

@@ -50,6 +50,14 @@ def estimate(topology, shape, latents, width, k, block, batch=2**17, ema=True, a
             {"latents": 2**18, "width": 1024, "k": 64, "block": 4096, "batch": 2**16},
             4.247,
         ),
+        # The model was not fitted to these two.
+        ("v5p:4x4x4", (1, 64), LARGE | {"latents": 2**21}, 27.49),
+        (
+            "v6e:4x4",
+            (2, 8),
+            {"latents": 2**20, "width": 2048, "k": 64, "block": 4096, "batch": 2**16},
+            25.14,
+        ),
         ("gpu:H100x512", (1, 512), LARGE, 24.031),
         ("gpu:H100x512", (2, 256), LARGE, 45.032),
         ("gpu:H100x8", (2, 4), GPT2 | {"block": 16_384}, 3.954),

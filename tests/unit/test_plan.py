@@ -1,6 +1,8 @@
 """The plan's totals, worked out by hand, and its text."""
 
 import dataclasses
+import importlib
+import importlib.util
 import re
 
 import jax
@@ -9,8 +11,10 @@ import pytest
 from saejax import plan
 from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.sae import SAEConfig
+from saejax.plan.compiled import Compiled
 from saejax.plan.estimate import Estimate
 from saejax.plan.hardware import parse_topology
+from saejax.plan.hlo import Collective
 from saejax.plan.traffic import expected_collectives
 from saejax.plan.workload import Workload
 from saejax.recipe import Recipe
@@ -81,13 +85,18 @@ def test_what_a_step_holds():
 
 def test_flops():
     """Of a device and step: 320 tokens on two data rows, 1000 latents on five shards."""
-    assert work((2, 5)).flops() == {
-        "encoder forward": 2 * 10 * 200 * 160,
-        "sparse decode": 2 * 10 * 160 * 4 / 5,
-        "sparse gradients": 3 * 2 * 10 * 160 * 4 / 5,
+    # 160 tokens a data row, four latents each, a fifth of them here: 128 pairs, ten wide.
+    assert work((2, 5), mesh={"data_exchange": "gradients"}).flops() == {
+        "encoder forward": 640_000,  # 160 tokens x 200 latents x 10 multiply-adds
+        "sparse decode": 2560,
+        "sparse gradients": 7680,  # the values' and those of both matrices
         "AuxK": 0,
-        "optimizer": 30 * 2 * 200 * 10,
+        "optimizer": 120_000,  # 30 for each of 2 x 200 x 10
     }
+    # The other row's 128 pairs come along in the gradients of both matrices.
+    gathered = work((2, 5), mesh={"data_exchange": "codes"}).flops()
+    assert gathered["sparse decode"] == 2560
+    assert gathered["sparse gradients"] == 2560 + 2 * 2 * 2560
     multi = work((2, 5), loss={"multi_topk_coefficient": 1 / 8}).flops()
     assert multi["sparse decode"] == 2 * 10 * 160 * (4 + 16) / 5
     dead = work((1, 1), loss={"auxk_coefficient": 1 / 32, "k_aux": 8}).flops()
@@ -100,6 +109,14 @@ def test_flops():
 def table(*args, **kwargs) -> dict[str, tuple]:
     rows = expected_collectives(work(*args, **kwargs))
     return {row.name: (row.kind, row.axis, row.calls, row.bytes) for row in rows}
+
+
+def test_rows_moved_in_memory():
+    """The same 128 pairs, ten wide, in bfloat16; sums are read and written in float32."""
+    summed = Estimate(work((2, 5), mesh={"data_exchange": "gradients"})).traffic()["sparse rows"]
+    assert summed == 1280 * (2 + 8) + 1280 * (2 + 2) + 2 * 1280 * (2 + 8)
+    sent = Estimate(work((2, 5), mesh={"data_exchange": "codes"})).traffic()["sparse rows"]
+    assert sent == summed + 2 * 1280 * (2 + 8)  # the other data row's outer products
 
 
 def test_collectives_over_latents():
@@ -124,6 +141,16 @@ def test_collectives_over_data():
     assert found["fired"] == ("all-reduce", "data", 1, 4 * 1000)
     codes = table((4, 1), mesh={"data_exchange": "codes", "mesh_shape": (4, 1)})
     assert "gradients over data" not in codes and codes["codes over data"][1] == "data"
+
+
+@pytest.mark.parametrize("exchange", ["gradients", "codes"])
+def test_the_gradients_of_auxk_are_summed_over_data_in_either_exchange(exchange):
+    loss = {"auxk_coefficient": 1 / 32, "k_aux": 8}
+    found = table((4, 1), mesh={"data_exchange": exchange}, loss=loss)
+    # 50 of 1000 latents dead: a block of 64, whose rows of both matrices and biases are summed.
+    expected = ("all-reduce", "data", 3, 4 * (64 * 10 + 64 * 10 + 64))
+    assert found["auxk gradients over data"] == expected
+    assert ("gradients over data" in found) == (exchange == "gradients")
 
 
 def test_one_device_has_no_collectives():
@@ -166,7 +193,8 @@ def test_the_text_for_absent_hardware():
     for line in (
         "mesh        data 1 x latent 8 = 8 devices",
         "hardware    8 x A100: ",
-        "source      analytic: no compiler for A100 is installed",
+        "source      analytic: no compiler for A100 is known (of GPUs, for H100)",
+        "collectives, per device and step (analytic, 5% of the latents dead)",
         "memory      fits: the estimate takes ",
         "floors      arithmetic ",
         "speed       ",
@@ -183,7 +211,42 @@ def test_what_does_not_fit_is_said():
     recipe = dataclasses.replace(RECIPE, sae=huge, mesh=MeshConfig(mesh_shape=(1, 8)))
     text = plan.report(recipe, "gpu:H100x8")
     assert "memory      DOES NOT FIT: the estimate takes " in text
-    assert "NOTHING FITS" in text
+    assert "recommended none: NOTHING FITS" in text
+    assert "Mesh.mesh_shape =" not in text
+
+
+def test_what_a_compiler_for_gpus_is_installed_with(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    recipe = dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=(1, 8)))
+    text = plan.report(recipe, "gpu:H100x8")
+    assert "no compiler for H100 is installed (pip install .[cuda13])" in text
+    text = plan.report(recipe, "v5e:2x4")
+    assert "no compiler for v5e is installed (pip install .[tpu])" in text
+
+
+def compiled(**changes) -> Compiled:
+    numbers = {"arguments": 1, "temporaries": 1, "peak": 2, "live": 2, "seconds": 3.0}
+    return Compiled(**numbers, **{"collectives": [], "unread": ""} | changes)
+
+
+def test_times_are_of_the_expected_case_whatever_was_compiled(monkeypatch):
+    """A compiled program has every latent dead: its bytes fill the table and nothing else."""
+    recipe = dataclasses.replace(RECIPE, mesh=MeshConfig(mesh_shape=(1, 8)))
+    module = importlib.import_module("saejax.plan.report")
+    heavy = Collective(name="x", kind="all-gather", axis="latent", calls=1, bytes=1e11)
+
+    def planned(result) -> str:
+        monkeypatch.setattr(module, "devices_of", lambda target: [])
+        monkeypatch.setattr(module, "compile_step", lambda *args: result)
+        return plan.report(recipe, "v5e:2x4")
+
+    text = planned(compiled(collectives=[heavy]))
+    assert "(compiled, all latents dead, times by these bytes)" in text
+    assert re.search(r"^  x +all-gather +latent +1 +100,000.000", text, re.MULTILINE)
+    unread = planned(compiled(collectives=None, unread="the reason"))
+    assert "its collectives could not be read (the reason)" in unread
+    assert re.search(r"^  tokens +all-gather", unread, re.MULTILINE)
+    assert text[text.index("milliseconds") :] == unread[unread.index("milliseconds") :]
 
 
 def test_auto_is_resolved_first():

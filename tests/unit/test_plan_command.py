@@ -58,7 +58,8 @@ def test_forced_cpu_devices_are_compiled_for(tmp_path):
     done = saejax(*flags, "--gin_bindings=Mesh.mesh_shape = (2, 2)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "source      memory and collectives of the step compiled for it" in done.stdout
-    assert "collectives, per device and step (compiled" in done.stdout
+    assert "collectives, per device and step (compiled, all latents dead" in done.stdout
+    assert done.stderr == "compiling 2 x 2 for cpu:4 ...\n"
     done = saejax(*flags, "--gin_bindings=Mesh.mesh_shape = (1, 8)", cwd=tmp_path)
     assert_one_line(done, "--topology=cpu:4 has 4", "(1, 4), (2, 2), (4, 1)", "'auto'")
 

@@ -21,6 +21,8 @@ from saejax.plan.traffic import bandwidth, seconds
         ("gpu:H100x512", "H100", 512, ()),
         ("gpu:B200x1", "B200", 1, ()),
         ("cpu:8", "cpu", 8, ()),
+        ("V5P:4X4X4", "v5p", 64, (4, 4, 4)),
+        ("GPU:h100x8", "H100", 8, ()),
     ],
 )
 def test_topologies(text, chip, devices, sides):
@@ -37,6 +39,20 @@ def test_an_unknown_topology_names_the_known_ones(text):
         parse_topology(text)
     assert "\n" not in str(error.value)
     assert all(chip in str(error.value) for chip in CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("v5pp:8x8x8", "v5p:8x8x8"), ("gpu:H10x512", "gpu:H100x512"), ("v6:16x16", "v6e:16x16")],
+)
+def test_the_nearest_topology_is_named(text, meant):
+    with pytest.raises(ValueError, match=f"is not known; did you mean {meant}"):
+        parse_topology(text)
+
+
+def test_names_are_written_as_the_compiler_knows_them():
+    assert parse_topology("GPU:h100X8").name == "gpu:H100x8"
+    assert parse_topology("V5E:2X4").name == "v5e:2x4"
 
 
 def test_sides_must_fit_the_chip():
@@ -85,11 +101,28 @@ def test_a_whole_torus_is_faster_than_one_dimension():
     assert bandwidth(["latent"], parse_topology("v5e:2x4"), MeshShape(1, 8)) == 2 * 45e9
 
 
-def test_gpus_are_fast_within_a_host():
+@pytest.mark.parametrize(
+    ("shape", "adapters"),
+    [
+        ((8, 8), 1),  # eight rings over the data, one GPU of each on every host
+        ((16, 4), 2),  # four rings, which share eight adapters
+        ((32, 2), 4),
+        ((64, 1), 8),  # one ring, as fast as all adapters of a host together
+    ],
+)
+def test_data_rings_share_the_adapters_of_a_host(shape, adapters):
     gpus = parse_topology("gpu:H100x64")
-    assert bandwidth(["latent"], gpus, MeshShape(8, 8)) == gpus.chip.link
-    assert bandwidth(["data"], gpus, MeshShape(8, 8)) == gpus.chip.network
-    assert bandwidth(["latent"], gpus, MeshShape(1, 64)) == 8 * gpus.chip.network
+    expected = min(adapters * gpus.chip.network, gpus.chip.link)
+    assert bandwidth(["data"], gpus, MeshShape(*shape)) == expected
+    assert bandwidth(["latent"], gpus, MeshShape(*shape)) == gpus.chip.link
+
+
+def test_gpus_of_several_hosts():
+    gpus = parse_topology("gpu:H100x64")
+    for axes, shape in ((["latent"], (1, 64)), (["latent"], (4, 16)), (["data", "latent"], (8, 8))):
+        assert bandwidth(axes, gpus, MeshShape(*shape)) == 8 * gpus.chip.network
+    assert bandwidth(["data"], gpus, MeshShape(4, 16)) == gpus.chip.network
+    assert bandwidth(["data"], parse_topology("gpu:H100x8"), MeshShape(8, 1)) == gpus.chip.link
 
 
 def test_an_all_reduce_takes_twice_an_all_gather():

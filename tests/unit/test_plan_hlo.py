@@ -7,7 +7,7 @@ from jax import lax
 
 from saejax import mesh as mesh_lib
 from saejax.mesh import MeshShape
-from saejax.plan.hlo import UNNAMED, Collective, Program
+from saejax.plan.hlo import UNNAMED, Collective, Program, Unreadable
 
 SHAPE = MeshShape(2, 4)
 
@@ -149,3 +149,73 @@ def test_a_name_the_compiler_dropped_is_inferred_from_what_is_missing():
     assert UNNAMED in {c.name for c in program.collectives()}
     names = {c.name for c in program.collectives(expected)}
     assert names == {"one", "outer inner", "scalars"}
+
+
+def test_a_loop_whose_trips_are_not_known():
+    text = TPU.replace("constant(5)", "parameter(1)")
+    with pytest.raises(Unreadable, match="the loop while has collectives, and its trips are not"):
+        Program(text, SHAPE, ())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ENTRY %main", "%main", "no ENTRY"),
+        ("calls=%all-reduce-scatter.1", "calls=%elsewhere", "calls elsewhere, which it does not"),
+        ("body=%body", "body=%elsewhere", "calls elsewhere, which it does not"),
+        ("condition=%condition", "condition=%elsewhere", "calls elsewhere, which it does not"),
+        ("all-gather-start(%fusion)", "all-gather-start(%other)", "gather-start are not known"),
+        # A way to run a computation that the reader does not know: found by counting.
+        ("kind=kCustom, calls=", "kind=kCustom, runs=", "3 collectives, of which 2 were read"),
+    ],
+)
+def test_what_cannot_be_followed_is_an_error(old, new, message):
+    assert TPU.count(old) == 1
+    with pytest.raises(Unreadable, match=message):
+        Program(TPU.replace(old, new), SHAPE, ())
+
+
+ASYNC = """HloModule jit_step
+
+%wrapped (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  ROOT %exchange = f32[4,8]{1,0} all-to-all(%a), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%other (b: f32[4,8]) -> f32[4,8] {
+  %b = f32[4,8]{1,0} parameter(0)
+  ROOT %sum = f32[4,8]{1,0} all-reduce(%b), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%scan (c: f32[4,8]) -> f32[4,8] {
+  ROOT %c = f32[4,8]{1,0} parameter(0)
+}
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %s = ((f32[4,8]{1,0}), f32[4,8]{1,0}, u32[]) async-start(%p), calls=%wrapped
+  %u = ((f32[4,8]{1,0}), f32[4,8]{1,0}, u32[]) async-update(%s), calls=%wrapped
+  %d = f32[4,8]{1,0} async-done(%u), calls=%wrapped
+  %r-start = f32[4,8]{1,0} all-reduce-start(%d), replica_groups=[2,4]<=[8], to_apply=%add, \
+metadata={op_name="says all-gather(x) and calls=%nothing"}
+  %r = f32[4,8]{1,0} all-reduce-done(%r-start)
+  ROOT %t = f32[4,8]{1,0} custom-call(%r), called_computations={%scan, %other}
+}
+"""
+
+
+def test_halves_of_a_pair_are_one_and_every_called_computation_is_followed():
+    found = Program(ASYNC, SHAPE, ()).collectives()
+    rows = {c.kind: (c.axis, c.calls, c.bytes) for c in found}
+    assert rows == {"all-to-all": ("latent", 1, 128), "all-reduce": ("latent", 2, 256)}
+
+
+def test_a_condition_runs_once_more_than_its_body():
+    text = TPU.replace(
+        "  %i = s32[]",
+        "  %z = f32[] convert(%limit)\n"
+        "  %y = f32[] all-reduce(%z), replica_groups=[1,8]<=[8], to_apply=%region.1\n"
+        "  %i = s32[]",
+    )
+    found = Program(text, SHAPE, ("one", "inner", "outer")).collectives()
+    assert ("data, latent", 6, 24) in {(c.axis, c.calls, c.bytes) for c in found}
