@@ -4,7 +4,8 @@
 
 What follows `--` goes to `python -m saejax.main` in every process. Each has its own CPU devices and
 finds the others at a free port of this machine. The output of process 0 is passed on; of another
-one, its errors when it fails. If one fails, all are ended, and its exit code is returned.
+one, its errors when it fails. If one fails, all are ended, and its exit code is returned. Signals
+go to all: in training they stop and save (42), before or after it they end at once (143, or 130).
 """
 
 import argparse
@@ -17,7 +18,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-_GRACE_SECONDS = 10  # those that lose another one notice within seconds, and say so
+_HEARTBEAT_SECONDS = 10  # those that lose another one notice after so long, and say so
+_GRACE_SECONDS = 15  # longer than that
 _STOPPED = 42  # saejax.run.STOPPED: training was stopped and saved
 _LOST = " lost another process"  # saejax.processes says so
 _LINES_KEPT = 1000
@@ -27,20 +29,37 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with 2 and one line if it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.local", description=__doc__.split("\n")[0], allow_abbrev=False
+        prog="python -m launch.local",
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s [--processes N] [--devices_per_process N] [--port N] -- FLAGS OF SAEJAX",
+        allow_abbrev=False,
     )
+    parser.error = lambda message: parser.exit(2, f"launch.local: error: {message}\n")
     parser.add_argument("--processes", type=_positive, default=2, help="how many (default 2)")
     parser.add_argument(
         "--devices_per_process", type=_positive, default=1, help="CPU devices of each (default 1)"
     )
-    parser.add_argument("--port", type=_positive, help="where they meet; a free one by default")
-    parser.add_argument("arguments", nargs="*", help="after --: the flags of saejax.main")
-    return parser.parse_args(argv)
+    parser.add_argument("--port", type=_port, help="where they meet; a free one by default")
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    options, unknown = parser.parse_known_args(argv[:split])
+    if unknown:
+        parser.error(
+            f"{unknown[0]} is none of its flags; those of saejax.main go after --, as in "
+            f"python -m launch.local --processes 2 -- --gin_file=gin/synthetic.gin"
+        )
+    options.arguments = list(argv[split + 1 :])
+    return options
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number in [1, 65535]")
     return int(text)
 
 
@@ -50,6 +69,7 @@ def environment(index: int, count: int, devices: int, port: int) -> dict[str, st
         "SAEJAX_PROCESSES": str(count),
         "SAEJAX_PROCESS_ID": str(index),
         "SAEJAX_COORDINATOR": f"localhost:{port}",
+        "SAEJAX_HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
@@ -67,29 +87,47 @@ def free_port() -> int:
 class Group:
     """The processes of one run."""
 
-    def __init__(self, options: argparse.Namespace):
-        """Starts all of them."""
-        port = options.port or free_port()
-        command = [sys.executable, "-m", "saejax.main", *options.arguments]
+    def __init__(self):
+        """Starts nothing yet."""
         self._errors: list[list[str]] = []
         self._readers: list[threading.Thread] = []
         self._processes: list[subprocess.Popen] = []
+        self._asked: int | None = None  # the last signal to be passed on
+
+    def start(self, options: argparse.Namespace) -> None:
+        """Starts all of them, or as many as there are when a signal comes.
+
+        Raises:
+          OSError: one could not be started; those before it were ended.
+        """
+        port = options.port or free_port()
+        command = [sys.executable, "-m", "saejax.main", *options.arguments]
         for index in range(options.processes):
+            if self._asked is not None:
+                break
             env = environment(index, options.processes, options.devices_per_process, port)
-            process = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if index else None,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if index else None,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.send(signal.SIGKILL)
+                for started in self._processes:
+                    started.wait()
+                raise OSError(f"process {index} could not be started ({error})") from error
             self._processes.append(process)
             self._errors.append([])
             self._readers.append(threading.Thread(target=self._read, args=(index,), daemon=True))
             self._readers[-1].start()
+            if self._asked is not None:  # it came after the fork and before the list
+                process.send_signal(self._asked)
 
     def _read(self, index: int) -> None:
         """Keeps the errors of one process, and passes on those of process 0."""
@@ -101,7 +139,8 @@ class Group:
                 sys.stderr.flush()
 
     def send(self, number: int, frame: object = None) -> None:
-        """Sends a signal to those that run."""
+        """Sends a signal to those that run; none is started after it."""
+        self._asked = number
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -110,6 +149,8 @@ class Group:
         """Waits for the end of all, which is near when one has failed; returns the exit code."""
         failed: list[int] = []  # in order
         deadline = None
+        if not self._processes:
+            return 128 + self._asked
         running = set(range(len(self._processes)))
         while running:
             time.sleep(0.05)
@@ -133,10 +174,10 @@ class Group:
         return 128 - code if code < 0 else code
 
     def _tell(self, causes: list[int], codes: list[int]) -> None:
-        """Prints what processes other than 0 failed of, each message once."""
+        """Prints what they failed of, each message once; that of process 0 was passed on."""
         told = {"".join(self._errors[0])}
         for index in causes:
-            text = "".join(self._errors[index])
+            text = "".join(self._errors[index]) if index else ""
             if codes[index] < 0:
                 text += f"ended by {signal.Signals(-codes[index]).name}\n"
             if text and not any(text in before for before in told):
@@ -147,9 +188,14 @@ class Group:
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes and waits for their end."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    group = Group(options)
+    group = Group()
     for number in _FORWARDED:
         signal.signal(number, group.send)
+    try:
+        group.start(options)
+    except OSError as error:
+        print(f"launch.local: error: {error}", file=sys.stderr)
+        return 1
     return group.wait()
 
 

@@ -91,8 +91,11 @@ def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -
     else:
         batches = ArraySource(np.asarray(data), batch_size, loader.seed)
         identity = {"array": batches.fingerprint}
-    processes.lead("claim of the run directory", lambda: run.claim(parts, "", ["saejax.train"]))
-    run.require_claim()
+    token = processes.lead(
+        "claim of the run directory", lambda: run.claim(parts, "", ["saejax.train"])
+    )
+    run.require_claim(token, f"process {processes.index()} of {processes.count()}")
+    processes.meet("the run directory")  # nothing is compiled before all have seen it
     if stored:
         source = open_source(data, recipe.sae, loader, batch_size, run.activations)
         batches, identity = source.batches, source.identity

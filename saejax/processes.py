@@ -5,24 +5,25 @@ Each process is told who it is by its environment, and does the same work with i
     SAEJAX_COORDINATOR=host0:1234 SAEJAX_PROCESSES=4 SAEJAX_PROCESS_ID=2 python -m saejax.main ...
 
 SLURM, Open MPI and GKE TPU slices need none of these; on a Cloud TPU VM, SAEJAX_PROCESSES=auto asks
-its metadata. SAEJAX_PROCESSES=1 runs alone, whatever is detected. `python -m launch.local` starts
-several on one machine.
+its metadata. SAEJAX_PROCESSES=1 runs alone, whatever is detected. One that says nothing for
+SAEJAX_HEARTBEAT_SECONDS is taken for dead. `python -m launch.local` starts several on one machine.
 
 JAX aborts a process that has lost another one from C++, with a stack trace and without a word to
 Python. So each process of several is a pair: a child that works, and its parent, which passes
-its output on, puts one line in the place of that trace, and returns its exit code.
-
-The only file that calls `jax.distributed`.
+its output on, puts one line in the place of that trace, and returns its exit code. The only file
+that calls `jax.distributed`.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -31,13 +32,26 @@ from typing import Any
 
 # JAX is imported inside functions: a process is forked here, which threads would not survive.
 
-_HEARTBEAT_SECONDS = 15  # a process that was silent for so long is taken for dead
-_SHUTDOWN_SECONDS = 30
+_LOG = logging.getLogger(__name__)
 _FOREVER_MS = 7 * 24 * 3600 * 1000
 _FATAL = "Terminating process because the JAX distributed service detected fatal errors"
 _NOISE = re.compile(r"[IWE]\d{4} .*(coordination|distributed|gloo)", re.I)  # what leads up to it
-_LOST = re.compile(r"gloo|nccl|coordination|heartbeat|connection (closed|reset)|socket", re.I)
+# What JAX says when another process is gone: in its JaxRuntimeError; and in the ValueError that a
+# failure of Gloo is, raised by C++ without a frame of JAX, but led by the name of a status.
+_LOST = re.compile(
+    r"(?i)(gloo|nccl) [\w -]+ (failed|error)|connection (closed by|reset)|socket closed|heartbeat|"
+    r"tasks have crashed|barrier (failed|timed out)|coordination ?service"
+)
+_GLOO = re.compile(r"[A-Z_]+: (.*: )?Gloo [\w -]+ failed: ")
 _PREFIX = "saejax: error: "
+_UNDETECTED = (
+    "SAEJAX_PROCESSES = 'auto', but JAX detects no cluster here; set it to the number of processes "
+    "and set SAEJAX_COORDINATOR and SAEJAX_PROCESS_ID, or set it to 1 to run alone"
+)
+_GONE = (
+    "lost another process, which ended or cannot be reached; its own last message says why. Start "
+    "all of them again: the same command continues from the last checkpoint"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +60,16 @@ class Settings:
 
     Attributes:
       coordinator: host and port of process 0, where all meet.
-      count: number of processes.
-      index: of this one.
+      count, index: number of processes; which one this is.
       wait_seconds: how long to wait for the others to start.
+      heartbeat_seconds: one that was silent for so long is taken for dead.
     """
 
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
     wait_seconds: int = 300
+    heartbeat_seconds: int = 60
 
     def __str__(self) -> str:
         if self.count is None:
@@ -73,36 +88,35 @@ def settings(env: Mapping[str, str]) -> Settings | None:
       ValueError: a variable is missing or holds no value that fits.
     """
     wait = _whole(env, "SAEJAX_WAIT_SECONDS", 1, 10**6, default="300")
+    beat = _whole(env, "SAEJAX_HEARTBEAT_SECONDS", 1, 10**6, default="60")
+    by_jax = Settings(wait_seconds=wait, heartbeat_seconds=beat)
     if env.get("SAEJAX_PROCESSES", "").strip() == "auto":
-        return Settings(wait_seconds=wait)
+        return by_jax
     if "SAEJAX_PROCESSES" not in env:
-        for name in ("SAEJAX_COORDINATOR", "SAEJAX_PROCESS_ID"):
-            if name in env:
-                raise ValueError(
-                    f"{name} = {env[name]!r} is set, but SAEJAX_PROCESSES is not; set it to the "
-                    f"number of processes, or unset {name}"
-                )
-        return Settings(wait_seconds=wait) if _detected(env) else None
+        for name in sorted({"SAEJAX_COORDINATOR", "SAEJAX_PROCESS_ID"} & set(env)):
+            says = f"{name} = {env[name]!r} is set, but SAEJAX_PROCESSES is not"
+            raise ValueError(f"{says}; set it to the number of processes, or unset {name}")
+        return by_jax if _detected(env) else None
     count = _whole(env, "SAEJAX_PROCESSES", 1, 10**6)
     if count == 1:
         return None
     coordinator = env.get("SAEJAX_COORDINATOR", "")
-    if not re.fullmatch(r"\S+:\d+", coordinator):
+    place = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if place is None or not 1 <= int(place[1]) <= 65535:
         raise ValueError(
-            f"SAEJAX_COORDINATOR = {coordinator!r} must be host:port of process 0, the same in all "
-            f"{count} processes; 'localhost:8476', for one, if all run on this machine"
+            f"SAEJAX_COORDINATOR = {coordinator!r} must be host:port of process 0, port at most "
+            f"65535, the same in all {count} processes; localhost:8476 if all run on one machine"
         )
     index = _whole(env, "SAEJAX_PROCESS_ID", 0, count - 1)
-    return Settings(coordinator, count, index, wait)
+    return Settings(coordinator, count, index, wait, beat)
 
 
 def _whole(env: Mapping[str, str], name: str, least: int, most: int, default: str = "") -> int:
     text = env.get(name, default).strip()
     if not text.isdigit() or not least <= int(text) <= most:
-        raise ValueError(
-            f"{name} = {env.get(name)!r} must be a whole number in [{least}, {most}]"
-            + (", or 'auto'" if name == "SAEJAX_PROCESSES" else "")
-        )
+        has = f"{name} = {env[name]!r}" if name in env else f"{name} is not set; it"
+        auto = ", or 'auto'" if name == "SAEJAX_PROCESSES" else ""
+        raise ValueError(f"{has} must be a whole number in [{least}, {most}]{auto}")
     return int(text)
 
 
@@ -122,12 +136,7 @@ def _detected(env: Mapping[str, str]) -> bool:
     )
 
 
-# --- Together -------------------------------------------------------------------------------------
-
-
-class _Together:
-    """The state of this process among the others."""
-
+class _Together:  # the state of this process among the others
     steps = 0  # calls of `lead` and `meet` so far, the same in every process
     ending = False  # every process is known to end
 
@@ -144,30 +153,45 @@ def join() -> None:
 
     if found is None or jax.distributed.is_initialized():
         return
+    _resolve(found)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
     try:
-        jax.distributed.initialize(
-            found.coordinator,
-            found.count,
-            found.index,
-            initialization_timeout=found.wait_seconds,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-        )
+        limits = {
+            "initialization_timeout": found.wait_seconds,
+            "heartbeat_timeout_seconds": found.heartbeat_seconds,
+            "shutdown_timeout_seconds": 30,
+        }
+        jax.distributed.initialize(found.coordinator, found.count, found.index, **limits)
     except (RuntimeError, ValueError) as error:
         if "DEADLINE_EXCEEDED" in str(error):
             raise ConnectionError(_missing(found)) from error
+        if found.count is None and "be defined" in str(error):
+            raise ValueError(_UNDETECTED) from error
         raise ConnectionError(f"{found} could not join the others: {error}") from error
     try:
         jax.local_devices()
     except RuntimeError as error:
-        raise ValueError(
-            f"{found} has no device; start at most as many processes as there are devices, or set "
-            f"JAX_PLATFORMS=cpu ({error})"
-        ) from error
+        fix = "start at most as many processes as there are devices, or set JAX_PLATFORMS=cpu"
+        raise ValueError(f"{found} has no device; {fix} ({error})") from error
     if jax.process_index() > 0:
         logging.getLogger("saejax").setLevel(logging.ERROR)  # one process tells of progress
+
+
+def _resolve(found: Settings) -> None:
+    """Waits until the coordinator's host has an address, which a cluster may give it late."""
+    deadline, text = time.monotonic() + found.wait_seconds, ""
+    while found.coordinator:
+        try:
+            socket.getaddrinfo(found.coordinator.rpartition(":")[0].strip("[]"), None)
+            return
+        except OSError as error:
+            if not text:
+                text = f"the host of SAEJAX_COORDINATOR = {found.coordinator!r} cannot be resolved"
+                _LOG.warning("%s; trying again for %d s", text, found.wait_seconds)
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"{text} ({error}); correct it in all processes") from error
+        time.sleep(0.5)
 
 
 def count() -> int:
@@ -223,7 +247,7 @@ def meet(name: str) -> None:
 
 
 def part() -> None:
-    """The end of a run that went well: waits for the others, whose end then surprises nobody."""
+    """The end of a run that went well: waits for the others, whom it then does not surprise."""
     meet("end")
     _Together.ending = True
 
@@ -235,20 +259,26 @@ def _key(name: str) -> str:
 
 def _client() -> Any:
     # No public function waits without using the devices, whose collectives may time out.
-    from jax._src import distributed
-
-    return distributed.global_state.client
+    try:
+        return importlib.import_module("jax._src.distributed").global_state.client
+    except (ImportError, AttributeError) as error:
+        lack = "this jax has no jax._src.distributed.global_state.client, by which processes wait"
+        raise RuntimeError(f"{lack}; install a version in the range of setup.py") from error
 
 
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
-    """Turns what a backend says when another process is gone into a ConnectionError of one line."""
+    """Turns what JAX says when another process is gone into a ConnectionError of one line."""
+    import jax
+
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, LeaderError) or count() == 1 or not _LOST.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if count() == 1 or not (_LOST.search if of_jax else _GLOO.match)(str(error)):
             raise
-        raise ConnectionError(_lost(f"process {index()} of {count()}")) from error
+        first = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"process {index()} of {count()} {_GONE} ({first})") from error
 
 
 def _missing(found: Settings) -> str:
@@ -257,16 +287,6 @@ def _missing(found: Settings) -> str:
         f"{found} waited {found.wait_seconds} s for {others} to start; start the missing ones with "
         f"the same SAEJAX_COORDINATOR and SAEJAX_PROCESSES, or wait longer with SAEJAX_WAIT_SECONDS"
     )
-
-
-def _lost(who: str) -> str:
-    return (
-        f"{who} lost another process, which ended or cannot be reached; its own last message says "
-        f"why. Start all of them again: the same command continues from the last checkpoint"
-    )
-
-
-# --- The pair of processes ------------------------------------------------------------------------
 
 
 def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
@@ -279,13 +299,14 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
       verbose: pass on everything that JAX prints about lost processes.
 
     Returns:
-      The exit code of `work`; 1 if JAX aborted it, 128 + n if signal n ended it.
+      The exit code of `work`; 1 if JAX aborted it, 128 + n if signal n ended it (143: SIGTERM
+      before or after training). Alone, SIGTERM acts there as Ctrl-C does: KeyboardInterrupt.
     """
-    try:
+    found = None
+    with contextlib.suppress(ValueError):  # `join` raises it, where errors are expected
         found = settings(os.environ)
-    except ValueError:
-        found = None  # `join` raises it, where errors are expected
     if found is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return work()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -298,7 +319,8 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     os.dup2(writing, 2)
     os.close(writing)
     os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone, which forwards it once
-    _die_with_parent()
+    with contextlib.suppress(OSError, AttributeError):  # a killed parent takes it along, on Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if not verbose:  # Gloo prints its connections to stdout
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -332,41 +354,36 @@ def _work(work: Callable[[], int]) -> int:
 
 def _watch(child: int, reading: int, found: Settings, verbose: bool) -> int:
     forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {name: signal.getsignal(name) for name in forwarded}
 
-    def forward(number, frame):
-        del frame
+    def forward(number, _):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for name in forwarded:
-        signal.signal(name, forward)
+    before = {name: signal.signal(name, forward) for name in forwarded}
     try:
         fatal, explained = _pass_on(reading, verbose)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for item in before.items():
+            signal.signal(*item)
     if status >= 0:
         return status
-    if fatal is not None and not explained:
-        text = _missing(found) if "RegisterTask" in fatal else _lost(str(found))
-        print(_PREFIX + text, file=sys.stderr)
-    elif status not in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP) and not explained:
-        name = signal.Signals(-status).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        print(f"{_PREFIX}{found} was ended by {name}{hint}", file=sys.stderr)
-    return 1 if status == -signal.SIGABRT else 128 - status
+    by = signal.Signals(-status)
+    if fatal is not None:
+        text = _PREFIX + (_missing(found) if "RegisterTask" in fatal else f"{found} {_GONE}")
+    elif by in forwarded:  # the same line in all that were interrupted
+        text = f"saejax: interrupted by {by.name}; the same command continues"
+    else:
+        text = f"{_PREFIX}{found} was ended by {by.name}"
+        text += " (out of memory?)" if by == signal.SIGKILL else ""
+    if not explained:
+        print(text, file=sys.stderr)
+    return 1 if by == signal.SIGABRT else 128 + by
 
 
 def _pass_on(reading: int, verbose: bool) -> tuple[str | None, bool]:
-    """Copies the child's errors to ours, but for JAX's report of a lost process.
-
-    Returns:
-      That report, if there was one; and whether the child has explained its own end.
-    """
-    fatal: list[str] = []
-    explained = False
+    """Passes errors on, but for JAX's report of a loss; returns that, and if the child said why."""
+    fatal, explained = [], False
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
             text = line.decode(errors="replace")
@@ -378,9 +395,3 @@ def _pass_on(reading: int, verbose: bool) -> tuple[str | None, bool]:
                 sys.stderr.write(text)
                 sys.stderr.flush()
     return ("".join(fatal) or None), explained
-
-
-def _die_with_parent() -> None:
-    """A parent that was killed takes its child along (Linux; elsewhere the child goes on alone)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

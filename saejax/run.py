@@ -144,13 +144,15 @@ class Experiment:
         config_json: Mapping[str, Any],
         argv: Sequence[str],
     ) -> int:
-        def claim() -> None:
+        def claim() -> str:
             # Too few devices: found before the harvest, not after it.
-            run.claim(config_json, operative_gin, argv)
+            token = run.claim(config_json, operative_gin, argv)
             make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
+            return token
 
-        processes.lead("claim of the run directory", claim)
-        run.require_claim()
+        token = processes.lead("claim of the run directory", claim)
+        run.require_claim(token, f"process {processes.index()} of {processes.count()}")
+        processes.meet("the run directory")  # nothing is compiled before all have seen it
         source = open_source(
             self.data, self.sae, self.loader, self.train.batch_size, run.activations
         )

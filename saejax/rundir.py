@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ class RunDirectory:
     """Paths of one run.
 
     config.gin, config.json    the operative configuration
-    run.json                   versions, platform, and argv of every start
+    run.json                   versions, platform; argv and a random token of every start
     activations/               the activation store
     checkpoints/<step>/        training states
     metrics.jsonl, tensorboard/
@@ -40,11 +41,14 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
 
-    def claim(self, config_json: Mapping[str, Any], operative_gin: str, argv: Sequence[str]):
+    def claim(self, config_json: Mapping[str, Any], operative_gin: str, argv: Sequence[str]) -> str:
         """Takes the folder for this configuration, or joins the run of the same one in it.
 
         A start that failed before it made anything (a misspelt path, say) claims nothing: the
         corrected configuration may take its place.
+
+        Returns:
+          The token of this start, for `require_claim` in the other processes.
 
         Raises:
           ValueError: the folder holds a run of another configuration, or files of something else.
@@ -67,7 +71,7 @@ class RunDirectory:
                 self._refuse_other_run(config_json)
             write_text(self.config_gin, operative_gin)
             write_json(self.config_json, config_json)
-            self._log_start(argv)
+            return self._log_start(argv)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise type(error)(
                 f"workdir = {self.path} cannot be written ({error.strerror or error}); "
@@ -79,20 +83,34 @@ class RunDirectory:
                 f"give a --workdir you may write to"
             ) from error
 
-    def require_claim(self, seconds: float = 30) -> None:
-        """Waits until the claim that another process made of the folder can be seen here.
+    def require_claim(self, token: str, who: str, seconds: float = 20) -> None:
+        """Waits until the claim that process 0 has just made can be seen in this folder.
+
+        A run.json alone proves nothing: a folder of this machine may hold one of an earlier run.
+
+        Args:
+          token: what `claim` returned in process 0.
+          who: this process, for the message.
+          seconds: how long to wait, since a shared file system may lag.
 
         Raises:
-          FileNotFoundError: it cannot; the processes do not share the file system.
+          FileNotFoundError: it cannot; this process sees another folder than process 0.
         """
         deadline = time.monotonic() + seconds
-        while not self.run_json.exists():
+        while not self._shows(token):
             if time.monotonic() > deadline:
                 raise FileNotFoundError(
-                    f"workdir = {self.path.absolute()} was made by process 0 and is not seen on "
-                    f"{platform.node()}; give a --workdir on a file system that all processes share"
+                    f"workdir = {self.path.absolute()} of {who} on {platform.node()} is not the "
+                    f"folder that process 0 claimed; give all processes the same --workdir, on a "
+                    f"file system that they share"
                 )
             time.sleep(0.1)
+
+    def _shows(self, token: str) -> bool:
+        try:
+            return token in self.run_json.read_text(encoding="utf-8")
+        except (OSError, ValueError):  # not there yet, or of something else
+            return False
 
     def _refuse_other_run(self, new: Mapping[str, Any]) -> None:
         changed = config_differences(read_object(self.config_json), new)
@@ -103,11 +121,12 @@ class RunDirectory:
                 f"these bindings to continue it, or give another --workdir"
             )
 
-    def _log_start(self, argv: Sequence[str]) -> None:
-        starts = []
+    def _log_start(self, argv: Sequence[str]) -> str:
+        starts, token = [], secrets.token_hex(8)
         if self.run_json.exists():
             starts = read_object(self.run_json).get("starts", [])
-        starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": list(argv)})
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        starts.append({"time": now, "argv": list(argv), "token": token})
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         content = {
             "versions": {"saejax": __version__, **versions},  # a checkout need not be installed
@@ -116,6 +135,7 @@ class RunDirectory:
             "starts": starts,
         }
         write_json(self.run_json, content)
+        return token
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -257,3 +257,25 @@ def test_one_that_is_killed_ends_the_others_with_one_line(tmp_path, victim):
         assert len(told) == 1, errors
         assert told[0].startswith(f"saejax: error: process {1 - victim} of 2")
         assert "lost another process" in told[0] and "the same command continues" in told[0]
+
+
+def test_an_unshared_workdir_with_an_old_run_is_refused_before_training(tmp_path):
+    """Each process its own folder; the second holds what an earlier run has left there."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    folders[1].mkdir()
+    for name, text in (("config.gin", "# old"), ("config.json", "{}"), ("run.json", "{}")):
+        (folders[1] / name).write_text(text)
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "saejax.main", *flags(folder, **TINY)],
+            cwd=ROOT, env=environment(index, 2, 4, port), text=True, stderr=subprocess.PIPE,
+        )
+        for index, folder in enumerate(folders)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes[::-1]][::-1]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert errors[1].startswith(f"saejax: error: workdir = {folders[1]} of process 1 of 2 on ")
+    assert "give all processes the same --workdir" in errors[1] and errors[1].count("\n") == 1
+    assert "process 0 of 2" in errors[0] and "lost another process" in errors[0]
+    assert "step " not in errors[0] and not (folders[0] / "checkpoints").exists()

@@ -16,6 +16,8 @@ def test_what_follows_the_dashes_is_the_programs():
     )
     assert (options.processes, options.devices_per_process) == (4, 2)
     assert options.arguments == ["--gin_file=x", "a"]
+    assert local.parse(["--", "--x", "--", "y"]).arguments == ["--x", "--", "y"]
+    assert local.parse([]).arguments == []
 
 
 @pytest.mark.parametrize(
@@ -23,13 +25,17 @@ def test_what_follows_the_dashes_is_the_programs():
     [
         (["--processes=0"], "'0' must be a whole number, at least 1"),
         (["--processes=two"], "'two' must be a whole number, at least 1"),
-        (["--gin_file=x"], "unrecognized arguments: --gin_file=x"),
+        (["--port=0"], "'0' must be a whole number in [1, 65535]"),
+        (["--port=65536"], "'65536' must be a whole number in [1, 65535]"),
+        (["--gin_file=x"], "--gin_file=x is none of its flags; those of saejax.main go after --"),
+        (["--processes=2", "--gin_file", "x"], "those of saejax.main go after --"),
     ],
 )
 def test_a_wrong_command_line_is_one_message(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         local.parse(flags)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and message in errors and errors.count("\n") == 1
 
 
 def test_a_process_is_told_its_place_and_devices(monkeypatch):
@@ -38,13 +44,14 @@ def test_a_process_is_told_its_place_and_devices(monkeypatch):
     env = local.environment(2, 4, 8, 1234)
     assert env["SAEJAX_PROCESS_ID"] == "2" and env["SAEJAX_PROCESSES"] == "4"
     assert env["SAEJAX_COORDINATOR"] == "localhost:1234"
+    assert int(env["SAEJAX_HEARTBEAT_SECONDS"]) < local._GRACE_SECONDS
     assert env["JAX_NUM_CPU_DEVICES"] == "8" and env["JAX_PLATFORMS"] == "cpu"
     assert env["NPROC"] == "64" and env["PATH"] == os.environ["PATH"]
     monkeypatch.delenv("NPROC")
     assert local.environment(0, 1, 8, 1)["NPROC"] == "16"
 
 
-def run(tmp_path, work: str, processes: int = 3) -> subprocess.CompletedProcess:
+def run(tmp_path, work: str, processes: int = 3, before: str = "") -> subprocess.CompletedProcess:
     """The launcher with a program of ours in the place of saejax.main."""
     (tmp_path / "saejax").mkdir()
     (tmp_path / "saejax/__init__.py").touch()
@@ -53,7 +60,7 @@ def run(tmp_path, work: str, processes: int = 3) -> subprocess.CompletedProcess:
         f"say = lambda text: print(text, file=sys.stderr, flush=True)\n{work}\n"
     )
     code = f"import sys; sys.path.insert(0, {os.getcwd()!r})\n" + (
-        "from launch import local\nlocal._GRACE_SECONDS = 1\n"
+        f"from launch import local\nlocal._GRACE_SECONDS = 1\n{before}\n"
         f"sys.exit(local.main(['--processes={processes}']))"
     )
     return subprocess.run(
@@ -101,3 +108,54 @@ def test_signals_reach_all(tmp_path):
         "if i == 0: time.sleep(1); os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)"
     )
     assert run(tmp_path, work).returncode == 42
+
+
+def test_the_output_of_process_0_is_told_once(tmp_path):
+    done = run(tmp_path, "if i == 0: say('oh'); os.kill(os.getpid(), 9)\ntime.sleep(600)")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr.splitlines() == ["oh", "[process 0] ended by SIGKILL"]
+
+
+# What comes before the start of process 2: the others are there and must not stay.
+AT_THE_THIRD = """
+import os, signal, subprocess
+start = subprocess.Popen
+def third(*args, **more):
+    if more["env"]["SAEJAX_PROCESS_ID"] == "2":
+        {}
+    process = start(*args, **more)
+    print(process.pid, flush=True)
+    return process
+local.subprocess.Popen = third
+"""
+
+
+def ended(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_one_that_cannot_be_started_ends_those_before_it(tmp_path):
+    before = AT_THE_THIRD.format("raise BlockingIOError(11, 'Resource temporarily unavailable')")
+    done = run(tmp_path, "time.sleep(600)", before=before)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("launch.local: error: process 2 could not be started (")
+    assert "Resource temporarily unavailable" in done.stderr
+    assert len(done.stdout.split()) == 2 and all(map(ended, done.stdout.split()))
+
+
+def test_a_signal_during_the_start_reaches_all(tmp_path):
+    before = AT_THE_THIRD.format("os.kill(os.getpid(), signal.SIGTERM)")
+    done = run(tmp_path, "time.sleep(600)", processes=4, before=before)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert len(done.stdout.split()) == 3 and all(map(ended, done.stdout.split()))
+
+
+def test_a_signal_before_the_start_starts_nothing(capsys):
+    group = local.Group()
+    group.send(signal.SIGTERM)
+    group.start(local.parse([]))
+    assert group.wait() == 143

@@ -1,14 +1,18 @@
 """How a process learns of the others, and what its parent makes of its end."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 
 from saejax import processes
 from saejax.processes import Settings, settings
+from saejax.rundir import RunDirectory
 
 FOUR = {
     "SAEJAX_PROCESSES": "4",
@@ -25,6 +29,9 @@ GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
 def test_the_environment_names_the_place_of_a_process():
     assert settings(FOUR) == Settings("host0:1234", 4, 3, 300)
     assert settings(FOUR | {"SAEJAX_WAIT_SECONDS": "9"}).wait_seconds == 9
+    assert settings(FOUR).heartbeat_seconds == 60
+    for env in (FOUR, SLURM):
+        assert settings(env | {"SAEJAX_HEARTBEAT_SECONDS": "7"}).heartbeat_seconds == 7
     assert str(settings(FOUR)) == "process 3 of 4 (coordinator host0:1234)"
 
 
@@ -56,9 +63,12 @@ def test_a_cluster_is_left_to_jax(env):
         ({"SAEJAX_PROCESSES": "four"}, r"SAEJAX_PROCESSES = 'four' .* whole number .* or 'auto'"),
         ({"SAEJAX_PROCESSES": "0"}, r"SAEJAX_PROCESSES = '0' must be a whole number in \[1, "),
         ({"SAEJAX_PROCESS_ID": "4"}, r"SAEJAX_PROCESS_ID = '4' .* in \[0, 3\]"),
-        ({"SAEJAX_PROCESS_ID": None}, r"SAEJAX_PROCESS_ID = None .* in \[0, 3\]"),
+        ({"SAEJAX_PROCESS_ID": None}, r"SAEJAX_PROCESS_ID is not set; it must be .* in \[0, 3\]"),
         ({"SAEJAX_COORDINATOR": None}, r"SAEJAX_COORDINATOR = '' must be host:port of process 0"),
         ({"SAEJAX_COORDINATOR": "host0"}, "SAEJAX_COORDINATOR = 'host0' must be host:port"),
+        ({"SAEJAX_COORDINATOR": "host0:0"}, "SAEJAX_COORDINATOR = 'host0:0' .* port at most 65535"),
+        ({"SAEJAX_COORDINATOR": "host0:65536"}, "'host0:65536' .* port at most 65535"),
+        ({"SAEJAX_HEARTBEAT_SECONDS": "0"}, "SAEJAX_HEARTBEAT_SECONDS = '0' must be a whole"),
         ({"SAEJAX_PROCESSES": None}, "SAEJAX_COORDINATOR = .* is set, but SAEJAX_PROCESSES is not"),
         ({"SAEJAX_WAIT_SECONDS": "soon"}, "SAEJAX_WAIT_SECONDS = 'soon' must be a whole number"),
     ],
@@ -76,6 +86,99 @@ def test_one_process_acts_for_itself():
         processes.lead("x", lambda: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(ValueError, match="Gloo"), processes.losses_named():
         raise ValueError("Gloo: nothing is lost by one alone")
+
+
+def test_a_cluster_that_is_not_there_is_one_line():
+    done = saejax(SAEJAX_PROCESSES="auto")
+    assert done.returncode == 1
+    assert done.stderr.startswith("saejax: error: SAEJAX_PROCESSES = 'auto', but JAX detects no ")
+    assert done.stderr.count("\n") == 1 and "SAEJAX_COORDINATOR" in done.stderr
+
+
+def test_a_host_without_an_address_is_told_at_once_and_refused_in_the_end(monkeypatch, caplog):
+    def unknown(host, port):
+        assert host == "host0"
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(processes.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(ConnectionError, match=r"SAEJAX_COORDINATOR = 'host0:1234' cannot be res"):
+        processes._resolve(Settings("host0:1234", 4, 3, 0))
+    assert len(caplog.messages) == 1 and "cannot be resolved; trying again" in caplog.messages[0]
+    monkeypatch.setattr(processes.socket, "getaddrinfo", lambda host, port: [host])
+    processes._resolve(Settings("host0:1234", 4, 3, 0))
+    processes._resolve(Settings())
+
+
+# --- What JAX says --------------------------------------------------------------------------------
+
+
+def two(monkeypatch):
+    """As if this process were one of two."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+
+
+GLOO = (
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection "
+    "closed by peer [127.0.0.1]:2445"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(GLOO),
+        jax.errors.JaxRuntimeError(GLOO),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed\n\nRPC: /xla.coordination"),
+        jax.errors.JaxRuntimeError(
+            "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat "
+            "timeout.\nmore"
+        ),
+    ],
+)
+def test_a_loss_is_named_with_what_jax_said_first(monkeypatch, error):
+    two(monkeypatch)
+    with pytest.raises(ConnectionError) as caught, processes.losses_named():
+        raise error
+    text = str(caught.value)
+    assert text.startswith("process 1 of 2 lost another process") and "\n" not in text
+    assert text.endswith(f"({str(error).splitlines()[0]})")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("workdir = /data/gloo_acts is not empty"),
+        ValueError("the socket connection was reset by the coordination heartbeat of nccl"),
+        RuntimeError("Connection closed by peer"),
+        processes.LeaderError("process 0 failed: gloo"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while in gloo_acts"),
+    ],
+)
+def test_other_errors_keep_their_words(monkeypatch, error):
+    two(monkeypatch)
+    with pytest.raises(type(error)) as caught, processes.losses_named():
+        raise error
+    assert caught.value is error
+
+
+def test_a_folder_called_gloo_is_no_lost_process(monkeypatch, tmp_path):
+    two(monkeypatch)
+    (tmp_path / "gloo_acts").mkdir()
+    (tmp_path / "gloo_acts/other.txt").touch()
+    with pytest.raises(ValueError, match=r"not empty .other\.txt."), processes.losses_named():
+        RunDirectory(tmp_path / "gloo_acts").claim({}, "", [])
+
+
+def test_jax_has_what_the_processes_wait_with(monkeypatch):
+    library = importlib.import_module("jax._src.lib")._jax
+    for method in ("key_value_set", "blocking_key_value_get", "wait_at_barrier"):
+        assert callable(getattr(library.DistributedRuntimeClient, method))
+    assert processes._client() is None, "this process has joined no others"
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    with pytest.raises(RuntimeError, match=r"this jax has no .*global_state.client.*setup.py"):
+        processes._client()
 
 
 # --- A parent and its child -----------------------------------------------------------------------
@@ -145,13 +248,35 @@ def test_signals_are_forwarded_once():
     assert (done.returncode, done.stdout) == (42, "1\n"), done.stderr
 
 
-def test_a_place_that_is_none_is_left_to_join():
-    done = subprocess.run(
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_interruption_before_training_is_one_line(name):
+    done = watched(f"os.kill(os.getppid(), signal.{name})\ntime.sleep(60)")
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr == f"saejax: interrupted by {name}; the same command continues\n"
+
+
+def test_alone_sigterm_before_training_is_one_line():
+    code = (
+        "import os, signal, sys\nfrom saejax import main\n"
+        "main.run = lambda argv: os.kill(os.getpid(), signal.SIGTERM)\nmain.console()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "saejax: interrupted; the same command continues\n"
+
+
+def saejax(**env: str) -> subprocess.CompletedProcess:
+    """The program, in a folder that cannot be."""
+    return subprocess.run(
         [sys.executable, "-m", "saejax.main", "--gin_file=gin/synthetic.gin", "--workdir=/proc/x"],
-        env={**os.environ, **FOUR, "SAEJAX_PROCESS_ID": "9"},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
+
+
+def test_a_place_that_is_none_is_left_to_join():
+    done = saejax(**(FOUR | {"SAEJAX_PROCESS_ID": "9"}))
     assert done.returncode == 1
     assert done.stderr.startswith("saejax: error: SAEJAX_PROCESS_ID = '9' must be")
     assert done.stderr.count("\n") == 1

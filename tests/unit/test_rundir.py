@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import threading
 
 import pytest
 
@@ -15,7 +16,7 @@ OTHER = {"class": "Experiment", "sae": {"class": "SAE", "k": 8}, "loss": None}
 
 
 def claim(folder, config=CONFIG, argv=("saejax", "--flag")):
-    RunDirectory(folder).claim(config, f"# {config['sae']['k']}\n", argv)
+    return RunDirectory(folder).claim(config, f"# {config['sae']['k']}\n", argv)
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -150,3 +151,24 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed here"):
         write_text(path, "half a fi")
     assert read_object(path) == {"a": [1, 2.5, "ü"]}
+
+
+def test_a_claim_is_seen_in_its_folder_alone(tmp_path):
+    """Two machines with a folder of the same name: an old run of the same configuration in one."""
+    claim(tmp_path / "theirs")
+    token = claim(tmp_path / "ours")
+    RunDirectory(tmp_path / "ours").require_claim(token, "process 0 of 2")
+    message = r"workdir = .*/theirs of process 1 of 2 on .* not the folder that process 0 claimed"
+    for name in ("theirs", "none"):
+        with pytest.raises(FileNotFoundError, match=message.replace("theirs", name)):
+            RunDirectory(tmp_path / name).require_claim(token, "process 1 of 2", seconds=0.2)
+    assert claim(tmp_path / "ours") != token, "every start has its own"
+    assert names(tmp_path) == ["ours", "theirs"]
+
+
+def test_a_claim_that_is_seen_late_is_waited_for(tmp_path):
+    token = claim(tmp_path / "a")
+    timer = threading.Timer(0.3, lambda: (tmp_path / "a").rename(tmp_path / "b"))
+    timer.start()
+    RunDirectory(tmp_path / "b").require_claim(token, "process 1 of 2")
+    timer.join()
