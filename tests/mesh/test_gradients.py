@@ -122,7 +122,6 @@ CASES = [
     *(("all", mesh_shape) for mesh_shape in OTHER_MESHES),
     ("auxk, fewer dead than k_aux", (2, 4)),
     ("auxk, many more dead than k_aux", (1, 8)),
-    ("all, dense codes", (1, 1)),
     ("all, dense codes", (2, 4)),
     ("all, codes over data", (8, 1)),
     ("all, codes over data", (4, 2)),
@@ -211,8 +210,9 @@ def float32_gradients(mesh_shape, spec, change=lambda x: x):
     )
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 8), (2, 4)])
-@pytest.mark.parametrize("options", [{}, {"gather_codes": True}, {"relu": False}])
+@pytest.mark.parametrize(
+    "options, mesh_shape", [({}, (1, 8)), ({"gather_codes": True, "relu": False}, (2, 4))]
+)
 def test_bfloat16_is_the_same_on_every_mesh(options, mesh_shape):
     """Selection sees the same float32 sums, so that only the order of later sums differs."""
     spec = dataclasses.replace(TERMS["all"], dtype=jnp.dtype("bfloat16"), **options)
@@ -224,17 +224,15 @@ def test_bfloat16_is_the_same_on_every_mesh(options, mesh_shape):
         np.testing.assert_allclose(got[name], gradient, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_number_that_is_none_surfaces_on_a_mesh(bad):
+def test_a_number_that_is_none_surfaces_on_a_mesh():
     def change(x):
-        x[5, 3] = bad
+        x[5, 3] = np.nan
         return x
 
-    for mesh_shape in ((1, 1), (2, 4)):
-        spec = dataclasses.replace(TERMS["all"], dtype=jnp.dtype("float32"))
-        _, _, sums = float32_gradients(mesh_shape, spec, change)
-        assert not np.isfinite(sums["squared_error"])
-        assert int(sums["auxk_skipped"]) == 1
+    spec = dataclasses.replace(TERMS["all"], dtype=jnp.dtype("float32"))
+    _, _, sums = float32_gradients((2, 4), spec, change)
+    assert not np.isfinite(sums["squared_error"])
+    assert int(sums["auxk_skipped"]) == 1
 
 
 def test_exact_capacity_is_never_reached():
