@@ -1,6 +1,5 @@
 """Creation of the training state, sharded from the start, and its export as a module."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,7 +12,7 @@ from saejax.model.init import geometric_median, init_params, match_scale
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE, SAEConfig
 from saejax.train.optim import OptimizerConfig, corrected_ema, renormalize_decoder
-from saejax.types import TrainState
+from saejax.types import Params, TrainState
 
 
 def initial_pre_bias(kind: str, rows_ND: np.ndarray) -> np.ndarray:
@@ -42,26 +41,18 @@ def total_variance(rows_ND: np.ndarray) -> float:
 
 
 def build_state(
-    key: jax.Array,
+    params: Params,
     config: SAEConfig,
     optimizer: OptimizerConfig,
     steps: int,
-    pre_bias_D: jax.Array,
     variance: jax.Array,
 ) -> TrainState:
-    """A fresh state as a pure function, its encoder not yet scaled; `create` lays it out."""
-    params = init_params(
-        key,
-        pre_bias_D,
-        config.n_latents,
-        parallel=config.parallel_init,
-    )
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    """The state at step 0 around fresh parameters, as a pure function."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.transformation(config.n_latents, steps).init(params),
-        ema=None if optimizer.ema_decay is None else zeros,
+        ema=None if optimizer.ema_decay is None else jax.tree.map(jnp.zeros_like, params),
         tokens_since_fired=jnp.zeros(config.n_latents, jnp.int32),
         variance=variance.astype(jnp.float32),
     )
@@ -69,26 +60,24 @@ def build_state(
 
 def abstract_state(config: SAEConfig, optimizer: OptimizerConfig, steps: int) -> TrainState:
     """Shapes and dtypes of the state, without allocating it."""
-    return jax.eval_shape(
-        lambda: build_state(
-            jax.random.key(0), config, optimizer, steps, jnp.zeros(config.d_model), jnp.ones(())
-        )
-    )
+
+    def build():
+        params = init_params(jax.random.key(0), jnp.zeros(config.d_model), config.n_latents)
+        return build_state(params, config, optimizer, steps, jnp.ones(()))
+
+    return jax.eval_shape(build)
 
 
-def creator(
-    config: SAEConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh
-) -> Callable[[jax.Array, jax.Array, jax.Array], TrainState]:
-    """The function `(key, pre_bias, variance) -> state` that `create` compiles."""
+def params_creator(config: SAEConfig, mesh: Mesh) -> Callable[[jax.Array, jax.Array], Params]:
+    """The function `(key, pre_bias) -> params` that `create` compiles."""
 
-    def build(key, pre_bias_D, variance):
-        state = build_state(key, config, optimizer, steps, pre_bias_D, variance)
+    def build(key, pre_bias_D):
+        params = init_params(key, pre_bias_D, config.n_latents, parallel=config.parallel_init)
         if not config.match_encoder_scale:
-            return state
+            return params
         # Each device draws its own rows alone; nothing else would make it hold all of them.
-        split = mesh_lib.tree_shardings(mesh, state.params)
-        params = jax.lax.with_sharding_constraint(state.params, split)
-        return dataclasses.replace(state, params=match_scale(params, key, config.k, mesh))
+        params = jax.lax.with_sharding_constraint(params, mesh_lib.tree_shardings(mesh, params))
+        return match_scale(params, key, config.k, mesh)
 
     return build
 
@@ -112,13 +101,16 @@ def create(
       mesh: the device mesh.
     """
     shardings = mesh_lib.tree_shardings(mesh, abstract_state(config, optimizer, steps))
-    pre_bias = initial_pre_bias(config.pre_bias_init, sample_ND)
-    build = jax.jit(creator(config, optimizer, steps, mesh), out_shardings=shardings)
-    return build(
-        jax.random.key(seed),
-        np.asarray(pre_bias, np.float32),
-        np.float32(total_variance(sample_ND)),
+    pre_bias = np.asarray(initial_pre_bias(config.pre_bias_init, sample_ND), np.float32)
+    # Drawn before the rest exists: what drawing takes beside the weights fits where that will lie.
+    draw = jax.jit(params_creator(config, mesh), out_shardings=shardings.params)
+    params = draw(jax.random.key(seed), pre_bias)
+    build = jax.jit(
+        lambda params, variance: build_state(params, config, optimizer, steps, variance),
+        out_shardings=shardings,
+        donate_argnums=0,
     )
+    return build(params, np.float32(total_variance(sample_ND)))
 
 
 def export(

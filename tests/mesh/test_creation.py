@@ -13,7 +13,7 @@ import pytest
 from saejax import mesh as mesh_lib
 from saejax.model.sae import SAEConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.state import abstract_state, creator
+from saejax.train.state import abstract_state, params_creator
 
 # A 1/1024 of 16,777,216 latents of width 12,288: the code and its mesh are the same.
 SCALED = SAEConfig(d_model=384, n_latents=524_288, k=32)
@@ -22,10 +22,9 @@ OPTIMIZER = OptimizerConfig()
 
 def compiled(sae, shape):
     mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*shape))
-    shardings = mesh_lib.tree_shardings(mesh, abstract_state(sae, OPTIMIZER, 10))
-    build = jax.jit(creator(sae, OPTIMIZER, 10, mesh), out_shardings=shardings)
-    arguments = (jax.random.key(0), jnp.zeros(sae.d_model), jnp.ones(()))
-    return build.lower(*arguments).compile()
+    shardings = mesh_lib.tree_shardings(mesh, abstract_state(sae, OPTIMIZER, 10)).params
+    build = jax.jit(params_creator(sae, mesh), out_shardings=shardings)
+    return build.lower(jax.random.key(0), jnp.zeros(sae.d_model)).compile()
 
 
 def shard_bytes(sae, latent):
@@ -43,11 +42,8 @@ def shard_bytes(sae, latent):
 def test_a_device_holds_no_more_than_its_shard(shape):
     memory = compiled(SCALED, shape).memory_analysis()
     shard = shard_bytes(SCALED, shape[1])
-    assert memory.output_size_in_bytes == pytest.approx(shard, rel=0.01)
-    # 256 rows of pre-activations scale the encoder; and newer CPU compilers keep the random numbers
-    # of a matrix beside it (jax 0.12: 0.46 of the shard, jax 0.10: below 0.25).
-    assert memory.temp_size_in_bytes < 0.5 * shard
-    assert memory.temp_size_in_bytes < 0.15 * shard_bytes(SCALED, 1)
+    # Weights and what drawing them takes, before the optimizer's state exists: the rest is zeros.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes <= shard
 
 
 _MEASURE = """
@@ -58,13 +54,15 @@ sys.path.insert(0, sys.argv[1])
 import test_creation as t
 from saejax.model.sae import SAEConfig
 sae = SAEConfig(d_model=384, n_latents=131_072, k=32)
-build = t.compiled(sae, (1, 8))
+mesh = t.mesh_lib.make_mesh(t.mesh_lib.MeshShape(1, 8))
+rows = t.np.random.default_rng(0).normal(size=(64, 384))
+t.jax.block_until_ready(t.jax.numpy.zeros(8))
 
 def peak():  # of this program alone; getrusage would count its parent's
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 before = peak()
-jax.block_until_ready(build(jax.random.key(0), jax.numpy.zeros(384), jax.numpy.ones(())))
+jax.block_until_ready(t.create(0, sae, t.OPTIMIZER, 10, rows, mesh))
 print(json.dumps({"grown": peak() - before, "state": 8 * t.shard_bytes(sae, 8)}))
 """
 
@@ -79,15 +77,15 @@ def test_the_host_holds_no_second_copy():
         cwd=Path(__file__).parents[2],
     )
     measured = json.loads(run.stdout.splitlines()[-1])
-    assert 0.9 < measured["grown"] / measured["state"] < 1.6
+    assert 0.9 < measured["grown"] / measured["state"] < 1.3
 
 
 def test_shards_are_parts_of_the_same_state():
     sae = SAEConfig(d_model=16, n_latents=64, k=4)
-    arguments = (jax.random.key(3), jnp.zeros(16), jnp.ones(()))
+    arguments = (jax.random.key(3), jnp.zeros(16))
     whole = compiled(sae, (1, 1))(*arguments)
     split = compiled(sae, (2, 4))(*arguments)
-    for name, array in split.params.items():
-        np.testing.assert_allclose(array, whole.params[name], rtol=1e-5, err_msg=name)
-    starts = {shard.index[0].start for shard in split.params["w_dec"].addressable_shards}
+    for name, array in split.items():
+        np.testing.assert_allclose(array, whole[name], rtol=1e-5, err_msg=name)
+    starts = {shard.index[0].start for shard in split["w_dec"].addressable_shards}
     assert starts == {0, 16, 32, 48}
