@@ -14,7 +14,14 @@ from saejax.model.sae import SAE, SAEConfig
 D, L = 12, 64
 
 
-def models(shape, k, seed=0, tied=False, **options):
+class Float64Config(SAEConfig):
+    """Computed in float64, so that rounding hides nothing."""
+
+    def dtype_on(self, platform):
+        return jnp.dtype("float64")
+
+
+def models(shape, k, seed=0, tied=False, config=SAEConfig, **options):
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(L, D)).astype(np.float32)
     if tied:
@@ -25,7 +32,7 @@ def models(shape, k, seed=0, tied=False, **options):
         "latent_bias": jnp.zeros(L) if tied else jnp.asarray(0.1 * rng.normal(size=L), jnp.float32),
         "pre_bias": jnp.asarray(rng.normal(size=D), jnp.float32),
     }
-    config, normalizer = SAEConfig(d_model=D, n_latents=L, k=k, **options), Normalizer()
+    config, normalizer = config(d_model=D, n_latents=L, k=k, **options), Normalizer()
     mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*shape))
     split = jax.device_put(params, mesh_lib.tree_shardings(mesh, params))
     return SAE(config, params, normalizer), SAE(config, split, normalizer, mesh)
@@ -67,12 +74,13 @@ def test_one_latent_shard_needs_no_mesh():
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
 def test_gradients_pass_through(shape):
     """Attribution differentiates with respect to activations and latents."""
-    whole, split = models(shape, 6)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(16, D)), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda x, model: jnp.sum(jnp.sin(model(x)))))
-    want, got = gradient(x, whole), gradient(x, split)
-    assert np.abs(want).max() > 0.1
-    np.testing.assert_allclose(got, want, rtol=0, atol=5e-5 * np.abs(want).max())
+    with jax.enable_x64(True):
+        whole, split = models(shape, 6, config=Float64Config)
+        x = jnp.asarray(np.random.default_rng(2).normal(size=(16, D)))
+        gradient = jax.jit(jax.grad(lambda x, model: jnp.sum(jnp.sin(model(x)))))
+        want, got = gradient(x, whole), gradient(x, split)
+        assert want.dtype == jnp.float64 and np.abs(want).max() > 0.1
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_no_rows():
