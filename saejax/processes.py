@@ -44,6 +44,7 @@ _LOST = re.compile(
 )
 _GLOO = re.compile(r"[A-Z_]+: (.*: )?Gloo [\w -]+ failed: ")
 _PREFIX = "saejax: error: "
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _UNDETECTED = (
     "SAEJAX_PROCESSES = 'auto', but JAX detects no cluster here; set it to the number of processes "
     "and set SAEJAX_COORDINATOR and SAEJAX_PROCESS_ID, or set it to 1 to run alone"
@@ -311,6 +312,8 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
+    # A signal that comes before the parent can forward it waits until it can.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     child = os.fork()
     if child:
         os.close(writing)
@@ -319,6 +322,7 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     os.dup2(writing, 2)
     os.close(writing)
     os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone, which forwards it once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     with contextlib.suppress(OSError, AttributeError):  # a killed parent takes it along, on Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if not verbose:  # Gloo prints its connections to stdout
@@ -353,13 +357,12 @@ def _work(work: Callable[[], int]) -> int:
 
 
 def _watch(child: int, reading: int, found: Settings, verbose: bool) -> int:
-    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
     def forward(number, _):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    before = {name: signal.signal(name, forward) for name in forwarded}
+    before = {name: signal.signal(name, forward) for name in _FORWARDED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     try:
         fatal, explained = _pass_on(reading, verbose)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -371,7 +374,7 @@ def _watch(child: int, reading: int, found: Settings, verbose: bool) -> int:
     by = signal.Signals(-status)
     if fatal is not None:
         text = _PREFIX + (_missing(found) if "RegisterTask" in fatal else f"{found} {_GONE}")
-    elif by in forwarded:  # the same line in all that were interrupted
+    elif by in _FORWARDED:  # the same line in all that were interrupted
         text = f"saejax: interrupted by {by.name}; the same command continues"
     else:
         text = f"{_PREFIX}{found} was ended by {by.name}"

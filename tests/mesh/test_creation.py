@@ -53,6 +53,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, sys.argv[1])
 import test_creation as t
 from saejax.model.sae import SAEConfig
+from saejax.train.state import create
 sae = SAEConfig(d_model=384, n_latents=131_072, k=32)
 mesh = t.mesh_lib.make_mesh(t.mesh_lib.MeshShape(1, 8))
 rows = t.np.random.default_rng(0).normal(size=(64, 384))
@@ -62,7 +63,7 @@ def peak():  # of this program alone; getrusage would count its parent's
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 before = peak()
-jax.block_until_ready(t.create(0, sae, t.OPTIMIZER, 10, rows, mesh))
+jax.block_until_ready(create(0, sae, t.OPTIMIZER, 10, rows, mesh))
 print(json.dumps({"grown": peak() - before, "state": 8 * t.shard_bytes(sae, 8)}))
 """
 

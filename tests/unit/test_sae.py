@@ -216,8 +216,8 @@ def test_parameters_must_fit():
 
 
 def exported(optimizer, step):
-    state = build_state(jax.random.key(0), CONFIG, optimizer, 10, jnp.zeros(D), jnp.ones(()))
-    state = dataclasses.replace(state, params=arrays(), step=jnp.asarray(step, jnp.int32))
+    state = build_state(arrays(), CONFIG, optimizer, 10, jnp.ones(()))
+    state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
     if state.ema is not None and step:
         ema = jax.tree.map(lambda p: 2 * p * (1 - optimizer.ema_decay**step), arrays())
         state = dataclasses.replace(state, ema=ema)
