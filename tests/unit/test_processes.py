@@ -189,7 +189,9 @@ FATAL = "F1121 12:00:00.0 1 client.h:80] " + processes._FATAL
 def watched(body: str, *, verbose: bool = False) -> subprocess.CompletedProcess:
     """Runs Python code as process 3 of 4 that never joins."""
     code = (
-        "import os, signal, sys, time\nfrom saejax import processes\ndef work():\n"
+        "import os, signal, sys, time\nfrom saejax import processes\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup would have it ignored
+        "def work():\n"
         + "".join(f"    {line}\n" for line in body.split("\n"))
         + f"sys.exit(processes.watched(work, verbose={verbose}))"
     )
