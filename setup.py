@@ -25,11 +25,16 @@ PACKAGES = [
     "saejax.viewer",
     "launch",
     "pallas_kernels",
+    "pallas_kernels.decode_loss",
     "pallas_kernels.dense_sparse_matmul",
     "pallas_kernels.matmul_at_sparse_indices",
     "pallas_kernels.pair_list",
+    "pallas_kernels.row_update",
     "pallas_kernels.sparse_transpose_matmul",
     "pallas_kernels.top_k",
+    "pallas_kernels.topk_encode",
+    "pallas_kernels.weight_grads",
+    "pallas_kernels.weight_grads_update",
 ]
 
 PACKAGE_DIR = {"saejax.gin": "gin"}
@@ -62,6 +67,8 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "hub": ["huggingface_hub>=0.30"],
+    # What the benchmarks can race against; the README says what else and how.
+    "bench": ["torch==2.13.0", "sae-lens==6.54.12", "eai-sparsify==1.3.3"],
 }
 
 

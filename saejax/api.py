@@ -23,6 +23,7 @@ from saejax.sources import DataConfig, open_source
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
+from saejax.train.spec import KernelConfig
 
 __all__ = ["load", "train"]
 
@@ -36,6 +37,7 @@ def train(
     optimizer: OptimizerConfig = OptimizerConfig(),
     topk: TopKConfig = TopKConfig(),
     mesh: MeshConfig = MeshConfig(),
+    kernels: KernelConfig = KernelConfig(),
     loader: LoaderConfig = LoaderConfig(),
     checkpoint: CheckpointConfig = CheckpointConfig(),
     workdir: str | pathlib.Path | None = None,
@@ -45,7 +47,7 @@ def train(
     Args:
       data: activations `[N, D]` in memory, or a `HarvestConfig`, `StoredConfig` or
         `SyntheticConfig`.
-      sae, train, loss, optimizer, topk, mesh, loader, checkpoint: as in a gin file; the
+      sae, train, loss, optimizer, topk, mesh, kernels, loader, checkpoint: as in a gin file; the
         defaults are the paper's, but for the capacity of a sharded top-k.
       workdir: run directory for activations, checkpoints and metrics; calling again with the same
         one and the same arguments continues the run. None uses a temporary folder and keeps
@@ -66,6 +68,7 @@ def train(
         optimizer=optimizer,
         topk=topk,
         mesh=mesh,
+        kernels=kernels,
         checkpoint=checkpoint,
     )
     with processes.losses_named():

@@ -45,6 +45,7 @@ CONFIGURABLES: dict[str, str] = {
     "Train": "saejax.train.loop:TrainConfig",
     "TopK": "saejax.capacity:TopKConfig",
     "Mesh": "saejax.mesh:MeshConfig",
+    "Kernels": "saejax.train.spec:KernelConfig",
     "Checkpoint": "saejax.checkpoint:CheckpointConfig",
     "Evaluation": "saejax.evals.suite:EvaluationConfig",
     "Report": "saejax.viewer.report:ReportConfig",

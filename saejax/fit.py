@@ -256,6 +256,7 @@ def _step(recipe: Recipe, normalizer: Normalizer, mesh: Mesh) -> Callable:
         chunks=recipe.train.chunks(mesh_lib.shape_of(mesh)),
         steps=recipe.train.steps,
         data_exchange=recipe.mesh.data_exchange,
+        kernels=recipe.kernels,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
-from saejax import processes
+from saejax import allocator, processes
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "Configuration file; a later one overrides.")
@@ -48,12 +48,13 @@ def main(argv: list[str]) -> int:
         absl_logging.set_verbosity(absl_logging.WARNING)
         absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger("saejax").setLevel(logging.INFO)
+    allocator.keep_freed_memory()
     try:
         return run(argv)
     except KeyboardInterrupt:
         print("saejax: interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
         if FLAGS.debug:
             raise
         print(f"saejax: error: {_one_line(error)}", file=sys.stderr)

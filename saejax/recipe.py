@@ -10,7 +10,7 @@ from saejax.model.sae import SAEConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.spec import loss_spec
+from saejax.train.spec import KernelConfig, loss_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Recipe:
     """The parts of a configuration that training reads; checks that they fit each other.
 
     Attributes:
-      sae, train, loss, optimizer, topk, mesh, checkpoint: the configurations.
+      sae, train, loss, optimizer, topk, mesh, kernels, checkpoint: the configurations.
     """
 
     sae: SAEConfig
@@ -27,6 +27,7 @@ class Recipe:
     optimizer: OptimizerConfig = OptimizerConfig()
     topk: TopKConfig = TopKConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelConfig = KernelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):

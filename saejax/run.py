@@ -37,6 +37,7 @@ from saejax.train.hooks import format_seconds
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
+from saejax.train.spec import KernelConfig
 from saejax.viewer import publish
 from saejax.viewer.report import ReportConfig
 
@@ -56,7 +57,7 @@ class Experiment:
       data: where activations come from: harvested, stored before, or synthetic.
       sae: the autoencoder.
       train: length and batching.
-      loss, optimizer, topk, mesh, loader, checkpoint: see there.
+      loss, optimizer, topk, mesh, kernels, loader, checkpoint: see there.
       evaluation: held-out figures; None stops after training.
       report: the HTML page; None leaves it out.
     """
@@ -68,6 +69,7 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     topk: TopKConfig = TopKConfig()
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelConfig = KernelConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
@@ -92,6 +94,7 @@ class Experiment:
             optimizer=self.optimizer,
             topk=self.topk,
             mesh=self.mesh,
+            kernels=self.kernels,
             checkpoint=self.checkpoint,
         )
 

@@ -4,15 +4,11 @@ import functools
 
 import jax
 
-from pallas_kernels import dispatch
-from pallas_kernels.dense_sparse_matmul import reference, xla
+from pallas_kernels import checks, dispatch
 from pallas_kernels.matmul_at_sparse_indices import api as at_indices
 from pallas_kernels.sparse_transpose_matmul import api as transpose
 
-_IMPLEMENTATIONS = {
-    "reference": reference.dense_sparse_matmul,
-    "xla": xla.dense_sparse_matmul,
-}
+AVAILABLE = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -26,16 +22,23 @@ def dense_sparse_matmul(
 
     Args:
       values_BK: `[B, K]` floating point.
-      indices_BK: `[B, K]` integers in [0, L).
+      indices_BK: `[B, K]` int32 in [0, L).
       w_LD: `[L, D]`, rows contiguous.
-      implementation: "xla", "reference", or None.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None.
 
     Returns:
       `[B, D]` in the promoted dtype. Differentiable in values and w; neither gradient forms a
       dense code.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype.
+      NotImplementedError: the named implementation cannot run here.
     """
-    fn = dispatch.choose("dense_sparse_matmul", implementation, _IMPLEMENTATIONS)
-    return fn(values_BK, indices_BK, w_LD)
+    op = "dense_sparse_matmul"
+    checks.array(op, "values_BK", values_BK, (None, None))
+    checks.array(op, "indices_BK", indices_BK, values_BK.shape, "int32")
+    checks.array(op, "w_LD", w_LD, (None, None))
+    return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, w_LD)
 
 
 def _forward(values_BK, indices_BK, w_LD, implementation):
@@ -46,8 +49,10 @@ def _forward(values_BK, indices_BK, w_LD, implementation):
 def _backward(implementation, residuals, d_out_BD):
     values_BK, indices_BK, w_LD = residuals
     d_values_BK = at_indices.compute(d_out_BD, w_LD, indices_BK, implementation)
+    # The weight gradient alone has no kernel: `weight_grads` makes both at once.
+    portable = None if implementation in dispatch.KERNELS else implementation
     d_w_LD = transpose.sparse_transpose_matmul(
-        values_BK, indices_BK, d_out_BD, w_LD.shape[0], implementation=implementation
+        values_BK, indices_BK, d_out_BD, w_LD.shape[0], implementation=portable
     )
     return d_values_BK.astype(values_BK.dtype), None, d_w_LD.astype(w_LD.dtype)
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 
+from pallas_kernels import dispatch
 from pallas_kernels.dense_sparse_matmul import vjp as decode
 from pallas_kernels.matmul_at_sparse_indices import api
 from pallas_kernels.sparse_transpose_matmul import api as transpose
@@ -21,11 +22,15 @@ def matmul_at_sparse_indices(
     Args:
       a_BD: `[B, D]` floating point.
       w_LD: `[L, D]`, rows contiguous.
-      indices_BK: `[B, K]` integers in [0, L).
-      implementation: "xla", "reference", or None.
+      indices_BK: `[B, K]` int32 in [0, L).
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None.
 
     Returns:
       `[B, K]` in the promoted dtype. Differentiable in a and w.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype.
+      NotImplementedError: the named implementation cannot run here.
     """
     return api.compute(a_BD, w_LD, indices_BK, implementation)
 
@@ -38,8 +43,10 @@ def _forward(a_BD, w_LD, indices_BK, implementation):
 def _backward(implementation, residuals, d_out_BK):
     a_BD, w_LD, indices_BK = residuals
     d_a_BD = decode.dense_sparse_matmul(d_out_BK, indices_BK, w_LD, implementation)
+    # The weight gradient alone has no kernel: `weight_grads` makes both at once.
+    portable = None if implementation in dispatch.KERNELS else implementation
     d_w_LD = transpose.sparse_transpose_matmul(
-        d_out_BK, indices_BK, a_BD, w_LD.shape[0], implementation=implementation
+        d_out_BK, indices_BK, a_BD, w_LD.shape[0], implementation=portable
     )
     return d_a_BD.astype(a_BD.dtype), d_w_LD.astype(w_LD.dtype), None
 

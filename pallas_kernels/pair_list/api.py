@@ -6,34 +6,12 @@ would touch every slot; the list touches the pairs that are there. Its arrays ar
 slots, so nothing can overflow; the products run over blocks of it, as many as are filled.
 """
 
-from typing import NamedTuple
-
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.pair_list import reference, xla
+from pallas_kernels.pair_list.pairs import Pairs
 
-
-class Pairs(NamedTuple):
-    """Kept pairs, sorted by (latent, token); unused entries follow.
-
-    Attributes:
-      values_P: value of the pair; 0 where unused.
-      tokens_P: int32 in [0, B); B where unused.
-      latents_P: int32 in [0, L); L where unused.
-      count: int32 scalar, pairs in use.
-    """
-
-    values_P: jax.Array
-    tokens_P: jax.Array
-    latents_P: jax.Array
-    count: jax.Array
-
-
-_COMPACT = {"reference": reference.compact, "xla": xla.compact}
-_DECODE = {"reference": reference.decode, "xla": xla.decode}
-_DOT = {"reference": reference.dot, "xla": xla.dot}
-_ADD_OUTER = {"reference": reference.add_outer, "xla": xla.add_outer}
+_AVAILABLE = ("xla", "reference")
 
 
 def compact(
@@ -56,29 +34,35 @@ def compact(
     Returns:
       `Pairs` of length P >= B * C.
     """
-    fn = dispatch.choose("pair_list.compact", implementation, _COMPACT)
-    return Pairs(*fn(kept_BC, values_BC, indices_BC, n_latents))
+    return Pairs(
+        *dispatch.call(
+            "pair_list.compact",
+            implementation,
+            _AVAILABLE,
+            kept_BC,
+            values_BC,
+            indices_BC,
+            n_latents,
+        )
+    )
 
 
 def decode(
     pairs: Pairs, w_LD: jax.Array, n_tokens: int, *, implementation: str | None = None
 ) -> jax.Array:
     """`out[b] = sum over pairs (b, l) of value * w[l]`: `[n_tokens, D]`, in the promoted dtype."""
-    fn = dispatch.choose("pair_list.decode", implementation, _DECODE)
-    return fn(*pairs, w_LD, n_tokens)
+    return dispatch.call("pair_list.decode", implementation, _AVAILABLE, *pairs, w_LD, n_tokens)
 
 
 def dot(
     pairs: Pairs, a_BD: jax.Array, w_LD: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`out[p] = <a[token p], w[latent p]>`: `[P]` in the dtype of the values; 0 where unused."""
-    fn = dispatch.choose("pair_list.dot", implementation, _DOT)
-    return fn(*pairs, a_BD, w_LD)
+    return dispatch.call("pair_list.dot", implementation, _AVAILABLE, *pairs, a_BD, w_LD)
 
 
 def add_outer(
     total_LD: jax.Array, pairs: Pairs, a_BD: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`total[l] + sum over pairs (b, l) of value * a[b]`: `[L, D]` in the dtype of `total_LD`."""
-    fn = dispatch.choose("pair_list.add_outer", implementation, _ADD_OUTER)
-    return fn(total_LD, *pairs, a_BD)
+    return dispatch.call("pair_list.add_outer", implementation, _AVAILABLE, total_LD, *pairs, a_BD)

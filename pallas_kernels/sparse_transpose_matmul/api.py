@@ -2,13 +2,9 @@
 
 import jax
 
-from pallas_kernels import dispatch
-from pallas_kernels.sparse_transpose_matmul import reference, xla
+from pallas_kernels import checks, dispatch
 
-_IMPLEMENTATIONS = {
-    "reference": reference.sparse_transpose_matmul,
-    "xla": xla.sparse_transpose_matmul,
-}
+AVAILABLE = ("xla", "reference")
 
 
 def sparse_transpose_matmul(
@@ -24,7 +20,7 @@ def sparse_transpose_matmul(
 
     Args:
       values_BK: `[B, K]` floating point.
-      indices_BK: `[B, K]` integers in [0, n).
+      indices_BK: `[B, K]` int32 in [0, n).
       a_BD: `[B, D]`.
       n: number of output rows (latents).
       total_LD: `[n, D]` to add to; None is zeros.
@@ -32,6 +28,13 @@ def sparse_transpose_matmul(
 
     Returns:
       `[n, D]` in the dtype of `total_LD`, or else the promoted one.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype.
     """
-    fn = dispatch.choose("sparse_transpose_matmul", implementation, _IMPLEMENTATIONS)
-    return fn(values_BK, indices_BK, a_BD, n, total_LD)
+    op = "sparse_transpose_matmul"
+    checks.array(op, "values_BK", values_BK, (None, None))
+    checks.array(op, "indices_BK", indices_BK, values_BK.shape, "int32")
+    checks.array(op, "a_BD", a_BD, (values_BK.shape[0], None))
+    checks.optional(op, "total_LD", total_LD, (n, a_BD.shape[1]))
+    return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, a_BD, n, total_LD)

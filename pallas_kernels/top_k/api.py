@@ -2,10 +2,9 @@
 
 import jax
 
-from pallas_kernels import dispatch
-from pallas_kernels.top_k import reference, xla
+from pallas_kernels import checks, dispatch
 
-_IMPLEMENTATIONS = {"reference": reference.top_k, "xla": xla.top_k}
+AVAILABLE = ("xla", "reference")
 
 
 def top_k(
@@ -24,8 +23,8 @@ def top_k(
       are ordered by ascending index. NaN counts as larger than every number, so it surfaces.
 
     Raises:
-      ValueError: k is out of range.
+      ValueError, TypeError: the shape, the size or the dtype of x, or k.
     """
-    if not 1 <= k <= x_BL.shape[-1]:
-        raise ValueError(f"top_k: k = {k} must lie in [1, {x_BL.shape[-1]}], the row length")
-    return dispatch.choose("top_k", implementation, _IMPLEMENTATIONS)(x_BL, k)
+    checks.array("top_k", "x_BL", x_BL, (None,) * max(len(x_BL.shape), 1))
+    checks.kept("top_k", "k", k, x_BL.shape[-1])
+    return dispatch.call("top_k", implementation, AVAILABLE, x_BL, k)

@@ -12,12 +12,14 @@ selection itself is zero (Gao et al. 2024, App. D).
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from saejax import collectives
 from saejax.model import sparse
-from saejax.model.sparse import pair_list
+from saejax.model.sparse import WeightGrads, pair_list
 
 _DENSE_BELOW = {"cpu": 24}
 _DENSE_BELOW_ELSEWHERE = 184
@@ -50,6 +52,29 @@ def gathered_arrays(
     return 4, 4 * 4 * min(capacity, n_latents)  # and tokens
 
 
+class Error(NamedTuple):
+    """What the reconstruction of a target leaves, `e = target - reconstruction`.
+
+    Attributes:
+      own_bD: e of this device's own rows, in the compute dtype.
+      all_BD: e of all tokens of the data row, in the compute dtype.
+      squared: sum of e^2 over the own rows, before any rounding.
+      inner: `<e, w[latent]>` where a gradient passes, else 0; shaped as the code's values.
+    """
+
+    own_bD: jax.Array
+    all_BD: jax.Array
+    squared: jax.Array
+    inner: jax.Array
+
+
+def _error_over_shards(target_bD: jax.Array, partial_BD: jax.Array, dtype: jnp.dtype):
+    """`Error` but for its inner products, from this shard's part of the reconstruction."""
+    e_bD = target_bD - collectives.sum_tokens(partial_BD)
+    all_BD = collectives.gather_residual(e_bD, dtype)
+    return e_bD.astype(dtype), all_BD, jnp.square(e_bD).sum()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowCode:
@@ -59,21 +84,27 @@ class RowCode:
     indices: jax.Array
     slopes: jax.Array
 
-    def decode(self, w_LD: jax.Array) -> jax.Array:
-        """`[B, D]`: the sum of the kept rows of `w_LD`, each times its value."""
-        return sparse.dense_sparse_matmul(self.values, self.indices, w_LD)
-
-    def value_gradients(self, e_BD: jax.Array, w_LD: jax.Array) -> jax.Array:
-        """`<e, w[latent]>` where a gradient passes, shaped as `values`."""
-        e_BD = e_BD.astype(self.values.dtype)
-        inner = sparse.matmul_at_sparse_indices(e_BD, w_LD, self.indices)
-        return jnp.where(self.slopes, inner, 0)
-
-    def add_outer(self, total_LD: jax.Array, coefficients: jax.Array, a_BD: jax.Array):
-        """`total_LD` plus `coefficient * a[token]` at the row of every kept latent."""
-        return sparse.sparse_transpose_matmul(
-            coefficients, self.indices, a_BD, len(total_LD), total_LD=total_LD
+    def reconstruct(self, target_bD: jax.Array, w_LD: jax.Array, dtype: jnp.dtype) -> Error:
+        """The error of the reconstruction; the latents are not split, so that it is local."""
+        e_BD, inner_BK, squared_B = sparse.decode_loss(
+            self.values, self.indices, w_LD, target_bD, residual_dtype=dtype
         )
+        return Error(e_BD, e_BD, squared_B.sum(), jnp.where(self.slopes, inner_BK, 0))
+
+    def add_weight_gradients(
+        self,
+        totals: WeightGrads,
+        values: jax.Array,
+        d_values: jax.Array,
+        e_BD: jax.Array,
+        x_BD: jax.Array,
+    ) -> WeightGrads:
+        """`totals` plus, at every kept latent's row, `values * e[token]` and `d_values * x[token]`.
+
+        The coefficients are shaped as `self.values`.
+        """
+        rows = (self.indices, e_BD, x_BD, len(totals.w_dec_LD))
+        return sparse.weight_grads(values, d_values, *rows, totals=totals)
 
     def add_to_latents(self, total_L: jax.Array, coefficients: jax.Array) -> jax.Array:
         """`total_L` plus the coefficients of every latent."""
@@ -94,18 +125,18 @@ class PairCode:
         """`[P]`."""
         return self.pairs.values_P
 
-    def decode(self, w_LD: jax.Array) -> jax.Array:
-        """See `RowCode.decode`."""
-        return pair_list.decode(self.pairs, w_LD, self.n_tokens)
+    def reconstruct(self, target_bD: jax.Array, w_LD: jax.Array, dtype: jnp.dtype) -> Error:
+        """The error of the reconstruction by all shards."""
+        partial_BD = pair_list.decode(self.pairs, w_LD, self.n_tokens)
+        own_bD, all_BD, squared = _error_over_shards(target_bD, partial_BD, dtype)
+        inner_P = pair_list.dot(self.pairs, all_BD, w_LD)
+        return Error(own_bD, all_BD, squared, jnp.where(self.slopes, inner_P, 0))
 
-    def value_gradients(self, e_BD: jax.Array, w_LD: jax.Array) -> jax.Array:
-        """See `RowCode.value_gradients`."""
-        return jnp.where(self.slopes, pair_list.dot(self.pairs, e_BD, w_LD), 0)
-
-    def add_outer(self, total_LD: jax.Array, coefficients: jax.Array, a_BD: jax.Array):
-        """See `RowCode.add_outer`."""
-        pairs = self.pairs._replace(values_P=coefficients)
-        return pair_list.add_outer(total_LD, pairs, a_BD)
+    def add_weight_gradients(self, totals, values, d_values, e_BD, x_BD) -> WeightGrads:
+        """See `RowCode.add_weight_gradients`."""
+        pairs = self.pairs._replace(values_P=values)
+        rows = (e_BD, x_BD, len(totals.w_dec_LD))
+        return sparse.weight_grads_of_pairs(pairs, d_values, *rows, totals=totals)
 
     def add_to_latents(self, total_L: jax.Array, coefficients: jax.Array) -> jax.Array:
         """See `RowCode.add_to_latents`."""
@@ -122,17 +153,20 @@ class DenseCode:
     values: jax.Array
     slopes: jax.Array
 
-    def decode(self, w_LD: jax.Array) -> jax.Array:
-        """See `RowCode.decode`."""
-        return sparse.matmul(self.values.astype(w_LD.dtype), w_LD)
+    def reconstruct(self, target_bD: jax.Array, w_LD: jax.Array, dtype: jnp.dtype) -> Error:
+        """See `PairCode.reconstruct`."""
+        partial_BD = sparse.matmul(self.values.astype(w_LD.dtype), w_LD)
+        own_bD, all_BD, squared = _error_over_shards(target_bD, partial_BD, dtype)
+        inner_BL = sparse.matmul(all_BD, w_LD.T)
+        return Error(own_bD, all_BD, squared, jnp.where(self.slopes, inner_BL, 0))
 
-    def value_gradients(self, e_BD: jax.Array, w_LD: jax.Array) -> jax.Array:
-        """See `RowCode.value_gradients`."""
-        return jnp.where(self.slopes, sparse.matmul(e_BD, w_LD.T), 0)
-
-    def add_outer(self, total_LD: jax.Array, coefficients: jax.Array, a_BD: jax.Array):
-        """See `RowCode.add_outer`."""
-        return total_LD + sparse.matmul(coefficients.astype(a_BD.dtype).T, a_BD)
+    def add_weight_gradients(self, totals, values, d_values, e_BD, x_BD) -> WeightGrads:
+        """See `RowCode.add_weight_gradients`."""
+        return WeightGrads(
+            totals.w_dec_LD + sparse.matmul(values.astype(e_BD.dtype).T, e_BD),
+            totals.w_enc_LD + sparse.matmul(d_values.astype(x_BD.dtype).T, x_BD),
+            totals.latent_bias_L + d_values.sum(0),
+        )
 
     def add_to_latents(self, total_L: jax.Array, coefficients: jax.Array) -> jax.Array:
         """See `RowCode.add_to_latents`."""

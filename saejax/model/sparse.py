@@ -11,16 +11,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import (
+    RowScalars,
+    RowSettings,
+    RowUpdated,
+    WeightGrads,
+    decode_loss,
     dense_sparse_matmul,
     matmul_at_sparse_indices,
     pair_list,
+    preferring,
+    row_update,
     sparse_transpose_matmul,
+    target,
     top_k,
+    topk_encode,
+    weight_grads,
+    weight_grads_of_pairs,
 )
 
 __all__ = [
     "PRECISION",
+    "RowScalars",
+    "RowSettings",
+    "RowUpdated",
+    "WeightGrads",
     "decode",
+    "decode_loss",
     "dense_sparse_matmul",
     "encode_top_k",
     "matmul",
@@ -28,8 +44,14 @@ __all__ = [
     "of_centred",
     "pair_list",
     "pre_activations",
+    "preferring",
+    "row_update",
     "sparse_transpose_matmul",
+    "target",
     "top_k",
+    "topk_encode",
+    "weight_grads",
+    "weight_grads_of_pairs",
 ]
 
 # Accelerators round float32 operands of a product unless told not to, and selection on rounded

@@ -174,6 +174,7 @@ def compile_step(
         chunks=train.chunks(shape),
         steps=train.steps,
         data_exchange=recipe.mesh.data_exchange,
+        kernels=recipe.kernels,
     )
     state = state_lib.abstract_state(recipe.sae, recipe.optimizer, train.steps)
     batch = jax.ShapeDtypeStruct((train.batch_size, recipe.sae.d_model), BATCH_DTYPE)

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from saejax import collectives
 from saejax.model import sparse
-from saejax.model.codes import Code, DenseCode, make_code
+from saejax.model.codes import Code, DenseCode, Error, make_code
+from saejax.model.sparse import WeightGrads
 from saejax.types import Params
 
 
@@ -117,7 +118,7 @@ class Reconstruction:
     """What the reconstruction of a block of tokens leaves behind.
 
     Attributes:
-      residual: `[b, D]`, of this device's own rows.
+      residual: `[b, D]`, of this device's own rows, in the compute dtype.
       squared_error, multi_squared_error: sums over its own rows.
       fired: `[L]` bool, latents of this shard active on any token of the block.
       active: (token, latent) pairs of this shard that are active.
@@ -134,27 +135,34 @@ class Reconstruction:
 
 
 def select(
-    h_BL: jax.Array, wanted: Selection, n_eligible: jax.Array | int, spec: LossSpec
+    centred_BD: jax.Array,
+    w_enc_LD: jax.Array,
+    latent_bias_L: jax.Array,
+    wanted: Selection,
+    spec: LossSpec,
 ) -> tuple[Code, jax.Array]:
     """This shard's part of a global top-k.
 
     Args:
-      h_BL: pre-activations `[B, L]` of this shard; -inf is never kept.
+      centred_BD: the encoder's input.
+      w_enc_LD, latent_bias_L: of this shard; a latent whose bias is -inf is never kept.
       wanted: how many, and how many this shard may offer.
-      n_eligible: latents of this shard that are not -inf.
       spec: static settings.
 
     Returns:
       The code, and on how many tokens this shard was at capacity: it offered all it may, all were
       kept, and it had more. Where no shard was, the selection is the exact one.
     """
-    n_latents = h_BL.shape[1]
+    n_latents = len(w_enc_LD)
     if collectives.latent_shards() * n_latents <= wanted.k:
+        h_BL = sparse.of_centred(centred_BD, w_enc_LD, latent_bias_L)
         kept_BL = h_BL != -jnp.inf
         on_BL = kept_BL & ~(h_BL <= 0) if spec.relu else kept_BL
         return DenseCode(jnp.where(on_BL, h_BL, 0), on_BL), jnp.zeros((), jnp.int32)
-    candidates = sparse.top_k(h_BL, min(wanted.capacity, n_latents))
-    return _keep(*candidates, wanted, n_latents, n_eligible, spec)
+    offered = min(wanted.capacity, n_latents)
+    values, indices, _ = sparse.topk_encode(centred_BD, w_enc_LD, latent_bias_L, offered)
+    n_eligible = (latent_bias_L != -jnp.inf).sum(dtype=jnp.int32)
+    return _keep(values, indices, wanted, n_latents, n_eligible, spec)
 
 
 def _keep(values_BC, indices_BC, wanted: Selection, n_latents: int, n_eligible, spec: LossSpec):
@@ -181,9 +189,8 @@ def _keep(values_BC, indices_BC, wanted: Selection, n_latents: int, n_eligible, 
 def add_gradients(
     total: Params,
     code: Code,
-    e_BD: jax.Array,
+    error: Error,
     centred_BD: jax.Array,
-    w_dec_LD: jax.Array,
     factor: jax.Array,
     *,
     gather_codes: bool,
@@ -193,27 +200,27 @@ def add_gradients(
     Args:
       total: what to add to.
       code: the code that reconstructed the target.
-      e_BD: target minus reconstruction, of all tokens of the data row.
-      centred_BD: the encoder's input, of the same tokens.
-      w_dec_LD: decoder rows, in the compute dtype.
+      error: what it left.
+      centred_BD: the encoder's input.
       factor: derivative of the loss with respect to the reconstruction, per unit of e.
       gather_codes: see `LossSpec`.
     """
-    d_values = factor * code.value_gradients(e_BD, w_dec_LD)
 
-    def add(total, part):
-        code, d_values, e_BD, centred_BD = part
-        return total | {
-            "w_dec": code.add_outer(total["w_dec"], factor * code.values, e_BD),
-            "w_enc": code.add_outer(total["w_enc"], d_values, centred_BD),
-            "latent_bias": code.add_to_latents(total["latent_bias"], d_values),
-        }
+    def add(totals, part):
+        code, inner, e_BD, centred_BD = part
+        return code.add_weight_gradients(
+            totals, factor * code.values, factor * inner, e_BD, centred_BD
+        )
 
-    part = (code, d_values, e_BD, centred_BD)
-    if not gather_codes:
-        return add(total, part)
-    parts = collectives.gather_over_data(part)
-    return jax.lax.scan(lambda total, part: (add(total, part), None), total, parts)[0]
+    totals = WeightGrads(total["w_dec"], total["w_enc"], total["latent_bias"])
+    part = (code, error.inner, error.all_BD, centred_BD)
+    if gather_codes:
+        parts = collectives.gather_over_data(part)
+        totals, _ = jax.lax.scan(lambda totals, part: (add(totals, part), None), totals, parts)
+    else:
+        totals = add(totals, part)
+    w_dec_LD, w_enc_LD, latent_bias_L = totals
+    return total | {"w_dec": w_dec_LD, "w_enc": w_enc_LD, "latent_bias": latent_bias_L}
 
 
 def add_reconstruction(
@@ -230,38 +237,32 @@ def add_reconstruction(
     """
     centred_bD = x_bD - weights["pre_bias"]
     centred_BD = collectives.gather_tokens(centred_bD, spec.dtype)
-    h_BL = sparse.of_centred(centred_BD, weights["w_enc"], weights["latent_bias"])
-    n_latents = h_BL.shape[1]
+    n_latents = len(weights["w_enc"])
     offered = max(s.capacity for s in (spec.main, spec.multi) if s is not None)
-    values_BC, indices_BC = sparse.top_k(h_BL, min(offered, n_latents))
+    values_BC, indices_BC, _ = sparse.topk_encode(
+        centred_BD, weights["w_enc"], weights["latent_bias"], min(offered, n_latents)
+    )
 
     def term(total, wanted: Selection, coefficient: float):
         code, cut = _keep(values_BC, indices_BC, wanted, n_latents, n_latents, spec)
-        e_bD = centred_bD - collectives.sum_tokens(code.decode(weights["w_dec"]))
-        e_BD = collectives.gather_residual(e_bD, spec.dtype)
+        error = code.reconstruct(centred_bD, weights["w_dec"], spec.dtype)
         factor = -2 * coefficient * scale
         total = add_gradients(
-            total,
-            code,
-            e_BD,
-            centred_BD,
-            weights["w_dec"],
-            factor,
-            gather_codes=spec.gather_codes,
+            total, code, error, centred_BD, factor, gather_codes=spec.gather_codes
         )
-        total = total | {"pre_bias": total["pre_bias"] + factor * e_bD.sum(0)}
-        return total, code, e_bD, cut
+        own_D = error.own_bD.sum(0, dtype=total["pre_bias"].dtype)
+        return total | {"pre_bias": total["pre_bias"] + factor * own_D}, code, error, cut
 
-    total, code, e_bD, cut = term(total, spec.main, 1.0)
-    multi, multi_cut = jnp.zeros((), e_bD.dtype), jnp.zeros((), jnp.int32)
+    total, code, error, cut = term(total, spec.main, 1.0)
+    multi, multi_cut = jnp.zeros_like(error.squared), jnp.zeros((), jnp.int32)
     if spec.multi is not None:
         with jax.named_scope("multi"):
-            total, _, wide_bD, multi_cut = term(total, spec.multi, spec.multi_coefficient)
-            multi = jnp.square(wide_bD).sum()
+            total, _, wide, multi_cut = term(total, spec.multi, spec.multi_coefficient)
+            multi = wide.squared
     on = (code.values != 0).astype(jnp.int32)
     return total, Reconstruction(
-        residual=e_bD,
-        squared_error=jnp.square(e_bD).sum(),
+        residual=error.own_bD,
+        squared_error=error.squared,
         multi_squared_error=multi,
         fired=code.add_to_latents(jnp.zeros(n_latents, jnp.int32), on) > 0,
         active=on.sum(dtype=jnp.int32),
@@ -296,12 +297,8 @@ def add_auxk(
       The gradients, `sum ||e - e_hat||^2` over own rows, and the tokens at capacity (see `select`).
     """
     centred_BD = collectives.gather_tokens(x_bD - dead["pre_bias"], spec.dtype)
-    h_BC = sparse.of_centred(centred_BD, dead["w_enc"], dead["latent_bias"])
-    h_BC = jnp.where(alive_C, -jnp.inf, h_BC)
-    code, cut = select(h_BC, spec.aux, (~alive_C).sum(), spec)
-    rest_bD = e_bD - collectives.sum_tokens(code.decode(dead["w_dec"]))
-    rest_BD = collectives.gather_residual(rest_bD, spec.dtype)
-    total = add_gradients(
-        total, code, rest_BD, centred_BD, dead["w_dec"], -2 * scale, gather_codes=False
-    )
-    return total, jnp.square(rest_bD).sum(), cut
+    bias_C = jnp.where(alive_C, -jnp.inf, dead["latent_bias"])
+    code, cut = select(centred_BD, dead["w_enc"], bias_C, spec.aux, spec)
+    error = code.reconstruct(e_bD, dead["w_dec"], spec.dtype)
+    total = add_gradients(total, code, error, centred_BD, -2 * scale, gather_codes=False)
+    return total, error.squared, cut

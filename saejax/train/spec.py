@@ -1,7 +1,7 @@
 """The static settings of a step that follow from a configuration and a mesh."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -11,6 +11,27 @@ from saejax.model.codes import dense_below, gathered_arrays
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig, LossSpec, Selection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How a step computes; the result is the same up to rounding.
+
+    Attributes:
+      implementation: of the operations that have it, "mosaic_gpu", "mosaic_tpu", "xla" or
+        "reference"; None picks by device, jax version and shape.
+      gradients: "sparse", or "dense": autodiff through dense codes, for debugging small models.
+    """
+
+    implementation: str | None = None
+    gradients: Literal["sparse", "dense"] = "sparse"
+
+    def __post_init__(self):
+        allowed = (None, "mosaic_gpu", "mosaic_tpu", "xla", "reference")
+        if self.implementation not in allowed:
+            raise ValueError(f"implementation = {self.implementation!r} must be one of {allowed}")
+        if self.gradients not in ("sparse", "dense"):
+            raise ValueError(f"gradients = {self.gradients!r} must be 'sparse' or 'dense'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from saejax import collectives
@@ -16,8 +15,10 @@ from saejax.model import sparse
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train import optim
+from saejax.train.dense import dense_gradients
 from saejax.train.loss import LossConfig, Reconstruction, add_auxk, add_reconstruction
-from saejax.train.spec import StepSpec, step_spec
+from saejax.train.spec import KernelConfig, StepSpec, step_spec
+from saejax.train.update import apply_by_optax, apply_gradients
 from saejax.types import Params, StepMetrics, TrainState
 
 # Dead latents are gathered into a block of the first capacity that holds them.
@@ -72,10 +73,10 @@ def _add_auxk(capacity, gradients, params, weights, dead_L, x_NbD, e_NbD, spec: 
     Returns the gradients, the normalised AuxK loss, 1 if it was not finite and left out, and the
     tokens at capacity.
     """
-    none = jnp.zeros((), jnp.int32)
+    none, dtype = jnp.zeros((), jnp.int32), gradients["w_dec"].dtype
     if capacity == 0:
-        return gradients, jnp.zeros((), e_NbD.dtype), none, none
-    mean_D = collectives.sum_over_mesh(e_NbD.sum((0, 1))) / spec.batch_tokens
+        return gradients, jnp.zeros((), dtype), none, none
+    mean_D = collectives.sum_over_mesh(e_NbD.sum((0, 1), dtype=dtype)) / spec.batch_tokens
     spread = collectives.sum_over_mesh(jnp.square(e_NbD - mean_D).sum())
     update, rows_C, error, cut = _auxk_gradients(
         capacity, params, weights, dead_L, x_NbD, e_NbD, 1 / spread, spec
@@ -138,7 +139,7 @@ def _auxk(gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
     """`_add_auxk` at the smallest capacity that holds the dead latents of every shard."""
     none = jnp.zeros((), jnp.int32)
     if not spec.loss.auxk_coefficient:
-        return gradients, (jnp.zeros((), e_NbD.dtype), none, none)
+        return gradients, (jnp.zeros((), gradients["w_dec"].dtype), none, none)
     capacities = auxk_capacities(spec.loss.aux.k, dead_L.shape[0])
     # The same branch everywhere: the branches talk to each other.
     most_dead = collectives.largest_over_latents(dead_L.sum(dtype=jnp.int32))
@@ -173,33 +174,6 @@ def _sums(seen: Reconstruction, dead_L: jax.Array, auxk: tuple) -> dict[str, jax
     }
 
 
-def apply_gradients(
-    state: TrainState,
-    gradients: Params,
-    tx: optax.GradientTransformation,
-    sae: SAEConfig,
-    optimizer: optim.OptimizerConfig,
-) -> tuple[TrainState, jax.Array]:
-    """Projection, clipping, Adam, unit norm, EMA, in that order; and the gradient's norm."""
-    if not sae.latent_bias:
-        gradients = gradients | {"latent_bias": jnp.zeros_like(gradients["latent_bias"])}
-    if optimizer.project_decoder_gradient:
-        gradients = optim.project_decoder_gradient(gradients, state.params)
-    with jax.named_scope("gradient norm"):
-        grad_norm = optax.tree.norm(gradients)
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if optimizer.unit_norm_decoder:
-        params = optim.renormalize_decoder(params)
-    ema = state.ema
-    if ema is not None:
-        ema = optim.update_ema(ema, params, optimizer.ema_decay)
-    state = dataclasses.replace(
-        state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
-    )
-    return state, grad_norm
-
-
 def make_step(
     sae: SAEConfig,
     loss: LossConfig,
@@ -212,6 +186,7 @@ def make_step(
     chunks: int,
     steps: int,
     data_exchange: str = "auto",
+    kernels: KernelConfig = KernelConfig(),
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]:
     """The undecorated step `(state, raw activations [B, D]) -> (state, metrics)`; see `jit_step`.
 
@@ -222,11 +197,12 @@ def make_step(
       batch_tokens, chunks: tokens per step over the whole mesh, and their microbatches.
       steps: of the whole training, for the schedule.
       data_exchange: see `MeshConfig`.
+      kernels: how the gradients are computed.
 
     Raises:
       ValueError: the loss settings do not fit the model.
     """
-    shape = mesh_lib.shape_of(mesh)
+    shape, device = mesh_lib.shape_of(mesh), mesh.devices.flat[0]
     spec = step_spec(
         sae,
         loss,
@@ -235,31 +211,62 @@ def make_step(
         shape,
         batch_tokens=batch_tokens,
         chunks=chunks,
-        platform=mesh.devices.flat[0].platform,
+        platform=device.platform,
         data_exchange=data_exchange,
     )
-    tx = optimizer.transformation(sae.n_latents, steps)
+    dense = kernels.gradients == "dense"
+    gradients_of = _dense_gradients if dense else _sparse_gradients
     rate = optimizer.schedule(sae.n_latents, steps)
-    local = functools.partial(local_gradients, spec=spec)
 
     def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, StepMetrics]:
-        inputs = (state.params, "tokens_since_fired", "replicated", "tokens")
-        outputs = (state.params, "tokens_since_fired", "replicated")
-        sharded = mesh_lib.per_device(local, mesh, inputs, outputs)
-        since_L = state.tokens_since_fired
-        gradients, since_L, sums = sharded(state.params, since_L, state.variance, x_BD)
-        learning_rate = jnp.asarray(rate(state.step), jnp.float32)
+        gradients, since_L, sums = gradients_of(state, x_BD, spec, mesh)
+        if not sae.latent_bias:
+            gradients |= {"latent_bias": jnp.zeros_like(gradients["latent_bias"])}
         state = dataclasses.replace(state, tokens_since_fired=since_L)
-        state, grad_norm = apply_gradients(state, gradients, tx, sae, optimizer)
+        learning_rate = jnp.asarray(rate(state.step))
+        if dense:
+            tx = optimizer.transformation(sae.n_latents, steps)
+            state, grad_norm = apply_by_optax(state, gradients, tx, optimizer)
+        else:
+            state, grad_norm = apply_gradients(state, gradients, learning_rate, optimizer, mesh)
         return state, StepMetrics(
             tokens=jnp.asarray(batch_tokens, jnp.int32),
             token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.float32),
             grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate.astype(jnp.float32),
             **sums,
         )
 
-    return step
+    return _traced_for(device, kernels, step)
+
+
+def _traced_for(device: jax.Device, kernels: KernelConfig, step: Callable) -> Callable:
+    """`step`, whose kernels are picked for a device of the mesh, which may not be here."""
+
+    @functools.wraps(step)
+    def traced(*args):
+        with (
+            sparse.target(device.platform, device.device_kind),
+            sparse.preferring(kernels.implementation),
+        ):
+            return step(*args)
+
+    return traced
+
+
+def _sparse_gradients(state: TrainState, x_BD: jax.Array, spec: StepSpec, mesh: Mesh):
+    inputs = (state.params, "tokens_since_fired", "replicated", "tokens")
+    outputs = (state.params, "tokens_since_fired", "replicated")
+    local = functools.partial(local_gradients, spec=spec)
+    sharded = mesh_lib.per_device(local, mesh, inputs, outputs)
+    return sharded(state.params, state.tokens_since_fired, state.variance, x_BD)
+
+
+def _dense_gradients(state: TrainState, x_BD: jax.Array, spec: StepSpec, mesh: Mesh):
+    x_BD, _, _ = spec.normalizer.apply(x_BD)
+    shards = mesh_lib.shape_of(mesh).latent
+    inputs = (state.params, state.tokens_since_fired, state.variance, x_BD)
+    return dense_gradients(*inputs, spec.loss, shards)
 
 
 def jit_step(step: Callable, abstract: TrainState, mesh: Mesh) -> Callable:

@@ -128,7 +128,7 @@ def test_leading_dimensions():
 
 @pytest.mark.parametrize("k", [0, -1, 9])
 def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=rf"k = {k} must lie in \[1, 8\]"):
+    with pytest.raises(ValueError, match=rf"k = {k} must be a whole number in \[1, 8\]"):
         top_k(jnp.zeros((2, 8)), k)
 
 

@@ -47,6 +47,7 @@ PARTS = {
     "types": set(),
     "capacity": set(),
     "processes": set(),
+    "allocator": set(),
     "mesh": {"types"},
     "collectives": {"types", "mesh"},
     "model": LOW,
@@ -67,7 +68,7 @@ PARTS = {
     "api": MEASURING | STAGES | {"run", "processes"},
     "truncation": {"data", "evals", "fit", "rundir", "sources"},
     "config": {"schema", "bindings"},
-    "main": {"config", "plan", "processes"},
+    "main": {"allocator", "config", "plan", "processes"},
     "__init__": {"api", "train"},
 }
 
@@ -76,13 +77,20 @@ COLLECTIVES = {
     "pmean", "pmin", "ppermute", "pshuffle", "psum", "psum_scatter", "pswapaxes",
     "ragged_all_to_all",
 }  # fmt: skip
+# Benchmarks compare with the whole library and its peers, and load both when asked to.
+BENCH = "pallas_kernels/bench/"
+IMPORTED_BENCH = "pallas_kernels.bench"
 DEPRECATED = {"jax.experimental.pjit", "jax.experimental.shard_map", "jax.experimental.maps"}
 
 
-def imports(module: str) -> Iterator[str]:
-    """Dotted names that a file imports, `from a import b` as a.b, relative ones resolved."""
+def imports(module: str, *, top_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, `from a import b` as a.b, relative ones resolved.
+
+    Those inside functions too, unless only those at the top of the file are asked for.
+    """
     package = module.removesuffix(".py").split("/")[:-1]
-    for node in ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8"))):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -113,11 +121,20 @@ def test_kernels_import_jax_and_numpy_only():
     strays = [
         (module, name)
         for module in MODULES
-        if module.startswith("pallas_kernels/") and not module.endswith("/bench.py")
+        if module.startswith("pallas_kernels/") and not module.startswith(BENCH)
         for name in imports(module)
         if name.split(".")[0] not in allowed
     ]
     assert strays == []
+
+
+def test_benchmarks_load_what_they_compare_when_asked_to():
+    allowed = {"jax", "numpy", "pallas_kernels"} | set(sys.stdlib_module_names)
+    benches = [module for module in MODULES if module.startswith(BENCH)]
+    strays = [(m, name) for m in benches for name in imports(m, top_only=True)]
+    assert benches and [s for s in strays if s[1].split(".")[0] not in allowed] == []
+    users = {m for m in MODULES if any(i.startswith(IMPORTED_BENCH) for i in imports(m))}
+    assert [m for m in users if not m.startswith(BENCH)] == []
 
 
 def test_imports_run_one_way():

@@ -16,6 +16,7 @@ from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.spec import bytes_over_data, loss_spec
 from saejax.train.state import abstract_state, create
+from saejax.train.spec import KernelConfig
 from saejax.train.step import auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16
@@ -311,3 +312,68 @@ def test_what_data_rows_send_each_other_is_what_is_fewer_bytes():
     codes, gradients = bytes_over_data(pairs, wide, mesh_lib.MeshShape(2, 256), 131_072)
     assert codes == 131_072 / 2 * (16 * 8 + 2 * 2 * 12_288)
     assert codes < gradients
+
+
+SETTINGS = {
+    "defaults": ({}, {}, {}),
+    "everything": (
+        {"latent_bias": False},
+        {"multi_topk_coefficient": 0.125, "multi_topk_factor": 2},
+        {"clip_norm": 0.05, "warmup_steps": 2, "decay": "linear"},
+    ),
+    "no relu, no average": ({"relu": False}, {}, {"ema_decay": None, "unit_norm_decoder": False}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
+def test_dense_autodiff_and_optax_train_alike(name, mesh_shape):
+    sae, loss, optimizer = (
+        dataclasses.replace(base, **change)
+        for base, change in zip((SAE, LOSS, OPTIMIZER), SETTINGS[name], strict=True)
+    )
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape))
+    ends, metrics = {}, {}
+    for gradients in ("sparse", "dense"):
+        step = make_step(
+            sae,
+            loss,
+            optimizer,
+            TopKConfig(capacity_factor=None),
+            Normalizer(),
+            mesh,
+            batch_tokens=B,
+            chunks=1,
+            steps=10,
+            kernels=KernelConfig(gradients=gradients),
+        )
+        step = jit_step(step, abstract_state(sae, optimizer, 10), mesh)
+        state, history = silenced(create(0, sae, optimizer, 10, batch(99), mesh)), []
+        for seed in range(3):
+            state, seen = step(state, jnp.asarray(batch(seed)))
+            history.append(jax.device_get(seen))
+        ends[gradients], metrics[gradients] = jax.device_get(state), history
+    assert all(seen.dead > 0 and seen.auxk > 0 for seen in metrics["dense"])
+    for got, want in zip(jax.tree.leaves(metrics["sparse"]), jax.tree.leaves(metrics["dense"])):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(ends["sparse"]), jax.tree.leaves(ends["dense"])):
+        scale = max(np.abs(want).max(), 1e-12)
+        np.testing.assert_allclose(got, want, atol=2e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("field, value", [("implementation", "triton"), ("gradients", "exact")])
+def test_bad_kernel_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} = '{value}' must be"):
+        KernelConfig(**{field: value})
+
+
+def test_a_kernel_that_cannot_run_here_is_refused():
+    kernels = KernelConfig(implementation="mosaic_tpu")
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape())
+    sizes = {"batch_tokens": B, "chunks": 1, "steps": 10}
+    step = make_step(
+        SAE, LOSS, OPTIMIZER, TopKConfig(), Normalizer(), mesh, **sizes, kernels=kernels
+    )
+    state = abstract_state(SAE, OPTIMIZER, 10)
+    with pytest.raises(NotImplementedError, match="the target is cpu"):
+        jax.eval_shape(step, state, jax.ShapeDtypeStruct((B, D), jnp.float32))

@@ -1,0 +1,1 @@
+"""The `row_update` operation."""

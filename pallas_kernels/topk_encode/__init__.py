@@ -1,0 +1,1 @@
+"""The `topk_encode` operation."""

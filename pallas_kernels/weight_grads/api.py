@@ -1,0 +1,98 @@
+"""Gradients of both weight matrices and of the latent bias, from a sparse code."""
+
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.pair_list.pairs import Pairs
+
+AVAILABLE = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
+
+
+class WeightGrads(NamedTuple):
+    """Gradients, float32 or wider.
+
+    Attributes:
+      w_dec_LD, w_enc_LD: `[L, D]`.
+      latent_bias_L: `[L]`.
+    """
+
+    w_dec_LD: jax.Array
+    w_enc_LD: jax.Array
+    latent_bias_L: jax.Array
+
+
+def weight_grads(
+    values_BK: jax.Array,
+    d_values_BK: jax.Array,
+    indices_BK: jax.Array,
+    e_BD: jax.Array,
+    x_BD: jax.Array,
+    n: int,
+    *,
+    totals: WeightGrads | None = None,
+    implementation: str | None = None,
+) -> WeightGrads:
+    """Sums `values * e[token]`, `d_values * x[token]` and `d_values` over each latent's pairs.
+
+    Deterministic: pairs of a latent are added in an order that does not depend on timing. Not
+    differentiable: it is a gradient already. `sparse_transpose_matmul` is one of its sums.
+
+    Args:
+      values_BK: `[B, K]` coefficients of the decoder's gradient.
+      d_values_BK: `[B, K]` coefficients of the encoder's.
+      indices_BK: `[B, K]` int32 in [0, n).
+      e_BD: `[B, D]` what the decoder's rows collect.
+      x_BD: `[B, D]` what the encoder's rows collect.
+      n: latents.
+      totals: sums to add to; None is zeros.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    op, (tokens, k) = "weight_grads", indices_BK.shape
+    checks.array(op, "indices_BK", indices_BK, (None, None), "int32")
+    checks.array(op, "values_BK", values_BK, (tokens, k))
+    checks.array(op, "d_values_BK", d_values_BK, (tokens, k))
+    _check(op, tokens, e_BD, x_BD, n, totals)
+    arrays = (values_BK, d_values_BK, indices_BK, e_BD, x_BD, n)
+    return WeightGrads(*dispatch.call(op, implementation, AVAILABLE, *arrays, totals=totals))
+
+
+def weight_grads_of_pairs(
+    pairs: Pairs,
+    d_values_P: jax.Array,
+    e_BD: jax.Array,
+    x_BD: jax.Array,
+    n: int,
+    *,
+    totals: WeightGrads | None = None,
+    implementation: str | None = None,
+) -> WeightGrads:
+    """`weight_grads` of a code that is one list of pairs, see `pair_list`.
+
+    Args:
+      pairs: sorted by (latent, token); their values are the decoder's coefficients.
+      d_values_P: `[P]` coefficients of the encoder's gradient; ignored where unused.
+      e_BD, x_BD, n, totals, implementation: see `weight_grads`.
+    """
+    op, length = "weight_grads.weight_grads_of_pairs", len(pairs.values_P)
+    checks.array(op, "pairs.values_P", pairs.values_P, (None,))
+    for name in ("tokens_P", "latents_P"):
+        checks.array(op, f"pairs.{name}", getattr(pairs, name), (length,), "int32")
+    checks.array(op, "d_values_P", d_values_P, (length,))
+    _check(op, e_BD.shape[0], e_BD, x_BD, n, totals)
+    arrays = (pairs, d_values_P, e_BD, x_BD, n)
+    return WeightGrads(*dispatch.call(op, implementation, AVAILABLE, *arrays, totals=totals))
+
+
+def _check(op: str, tokens: int, e_BD, x_BD, n: int, totals: WeightGrads | None):
+    checks.array(op, "e_BD", e_BD, (tokens, None))
+    checks.array(op, "x_BD", x_BD, e_BD.shape)
+    if totals is not None:
+        for name in ("w_dec_LD", "w_enc_LD"):
+            checks.array(op, f"totals.{name}", getattr(totals, name), (n, e_BD.shape[1]))
+        checks.array(op, "totals.latent_bias_L", totals.latent_bias_L, (n,))

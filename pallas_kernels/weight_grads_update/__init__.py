@@ -1,0 +1,1 @@
+"""The `weight_grads_update` operation."""

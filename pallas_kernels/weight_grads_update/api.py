@@ -1,0 +1,79 @@
+"""Weight gradients and the optimizer's work on them as one operation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.row_update.api import RowScalars, RowSettings, RowUpdated
+
+AVAILABLE = ("mosaic_gpu", "xla")
+
+
+class Rows(NamedTuple):
+    """A weight matrix and its optimizer state, each `[L, D]`; see `row_update`."""
+
+    w_LD: jax.Array
+    mu_LD: jax.Array
+    nu_LD: jax.Array
+    ema_LD: jax.Array | None
+
+
+class Updated(NamedTuple):
+    """Both matrices after the update, and the gradient of the latent bias `[L]`."""
+
+    dec: RowUpdated
+    enc: RowUpdated
+    latent_bias_L: jax.Array
+
+
+def weight_grads_update(
+    values_BK: jax.Array,
+    d_values_BK: jax.Array,
+    indices_BK: jax.Array,
+    e_BD: jax.Array,
+    x_BD: jax.Array,
+    dec: Rows,
+    enc: Rows,
+    scalars: RowScalars,
+    *,
+    dec_settings: RowSettings,
+    enc_settings: RowSettings,
+    copy_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> Updated:
+    """`weight_grads`, then `row_update` of each matrix; kernels keep the gradient on the chip.
+
+    Legal where the gradient is complete when its row is: one device or latents alone sharded, one
+    block of tokens, no clipping by the global norm.
+
+    Args:
+      values_BK, d_values_BK, indices_BK, e_BD, x_BD: see `weight_grads`.
+      dec, enc: decoder and encoder.
+      scalars, copy_dtype: see `row_update`.
+      dec_settings, enc_settings: see `RowSettings`.
+      implementation: "mosaic_gpu", "xla", or None.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    op, (tokens, k) = "weight_grads_update", indices_BK.shape
+    checks.array(op, "indices_BK", indices_BK, (None, None), "int32")
+    checks.array(op, "values_BK", values_BK, (tokens, k))
+    checks.array(op, "d_values_BK", d_values_BK, (tokens, k))
+    checks.array(op, "e_BD", e_BD, (tokens, None))
+    checks.array(op, "x_BD", x_BD, e_BD.shape)
+    for name, rows in (("dec", dec), ("enc", enc)):
+        for field in ("w_LD", "mu_LD", "nu_LD"):
+            checks.array(op, f"{name}.{field}", getattr(rows, field), dec.w_LD.shape)
+        checks.optional(op, f"{name}.ema_LD", rows.ema_LD, dec.w_LD.shape)
+    pairs = (values_BK, d_values_BK, indices_BK, e_BD, x_BD)
+    settled = {
+        "dec_settings": dec_settings,
+        "enc_settings": enc_settings,
+        "copy_dtype": copy_dtype and jnp.dtype(copy_dtype),
+    }
+    done = dispatch.call(op, implementation, AVAILABLE, *pairs, dec, enc, scalars, **settled)
+    return Updated(RowUpdated(*done[0]), RowUpdated(*done[1]), done[2])
