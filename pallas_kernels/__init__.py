@@ -9,7 +9,7 @@ for Hopper GPUs (`mosaic_gpu`) and TPUs (`mosaic_tpu`) where they pay:
     weight_grads(values, d_values, indices, ...)  gradients of both matrices from the pairs
     row_update(w, g, mu, nu, ema, ...)            projection, Adam, unit norm, average, copy
     weight_grads_update(...)                      the last two as one
-    top_k(x_BL, k)                                values and indices of the k largest per row
+    top_k(x_BL, k), top_k_mask(x_BL, k)           the k largest per row: values, indices; a mask
     dense_sparse_matmul(values, indices, w)       decode: sum_j values[b, j] * w[indices[b, j]]
     matmul_at_sparse_indices(a, w, indices)       <a[b], w[indices[b, j]]>
     sparse_transpose_matmul(values, indices, a)   one weight gradient: the decode, transposed
@@ -28,6 +28,8 @@ from pallas_kernels.matmul_at_sparse_indices.vjp import matmul_at_sparse_indices
 from pallas_kernels.row_update.api import RowScalars, RowSettings, RowUpdated, row_update
 from pallas_kernels.sparse_transpose_matmul.api import sparse_transpose_matmul
 from pallas_kernels.top_k.api import top_k
+from pallas_kernels.top_k_mask.api import top_k_mask
+from pallas_kernels.topk_encode.xla import block_tokens
 from pallas_kernels.topk_encode.api import Encoded
 from pallas_kernels.topk_encode.vjp import topk_encode
 from pallas_kernels.weight_grads.api import WeightGrads, weight_grads, weight_grads_of_pairs
@@ -42,6 +44,7 @@ __all__ = [
     "Rows",
     "Updated",
     "WeightGrads",
+    "block_tokens",
     "decode_loss",
     "dense_sparse_matmul",
     "explain",
@@ -53,6 +56,7 @@ __all__ = [
     "sparse_transpose_matmul",
     "target",
     "top_k",
+    "top_k_mask",
     "topk_encode",
     "weight_grads",
     "weight_grads_of_pairs",

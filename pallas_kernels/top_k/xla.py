@@ -5,36 +5,69 @@ the maxima of small contiguous groups, pick k groups, and search only their memb
 chosen groups by position keeps candidates in index order, hence ties still fall to the lowest
 index, exactly as `lax.top_k` resolves them. The first stage reads the row once; the second looks
 at k * group candidates instead of the whole row.
+
+`lax.top_k` takes NaN of one sign for the smallest number, and 0 for larger than -0. Elsewhere one
+pass makes them one NaN and one zero; where that pass would cost as much as the selection, a
+cheaper one finds out whether it is needed.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# (group size, groups needed per kept latent), preferred first; measured on CPU. With fewer groups
-# the second stage costs more than the first one saves.
-_GROUPINGS = ((16, 32), (8, 4))
+from pallas_kernels import dispatch
+
+# Members of a group, and groups needed per kept latent; with fewer, the second stage costs more
+# than the first one saves (measured on CPU). A TPU selects from whole rows faster.
+_GROUP = 8
+_GROUPS_PER_KEPT = 32
 
 
 def top_k(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.top_k.api.top_k`."""
+    if dispatch.current_target().platform == "cpu" and not _grouped(x_BL.shape[-1], k):
+        return _whole_rows(x_BL, k)
+    return top_k_of_ordered(ordered(x_BL), k)
+
+
+def ordered(x: jax.Array) -> jax.Array:
+    """`x` with one NaN and one zero, as arithmetic makes two of each."""
+    return jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0.0, x)).astype(x.dtype)
+
+
+def top_k_of_ordered(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`top_k` of what `ordered` returned: who makes x in a pass of his own can order it there."""
     n = x_BL.shape[-1]
-    size = next((g for g, per_k in _GROUPINGS if n % g == 0 and n // g >= per_k * k), None)
-    if size is None:
-        return _one_stage(x_BL, k)
-    groups_BGM = x_BL.reshape(*x_BL.shape[:-1], n // size, size)
-    _, chosen_BK = _one_stage(_group_max(groups_BGM), k)
+    if not _grouped(n, k):
+        return _lax_top_k(x_BL, k)
+    groups_BGM = x_BL.reshape(*x_BL.shape[:-1], n // _GROUP, _GROUP)
+    _, chosen_BK = _lax_top_k(_group_max(groups_BGM), k)
     chosen_BK = jnp.sort(chosen_BK, axis=-1)
     members_BKM = jnp.take_along_axis(groups_BGM, chosen_BK[..., None], axis=-2)
-    values_BK, flat_BK = _one_stage(members_BKM.reshape(*x_BL.shape[:-1], k * size), k)
-    group_BK = jnp.take_along_axis(chosen_BK, flat_BK // size, axis=-1)
-    return values_BK, group_BK * size + flat_BK % size
+    values_BK, flat_BK = _lax_top_k(members_BKM.reshape(*x_BL.shape[:-1], k * _GROUP), k)
+    group_BK = jnp.take_along_axis(chosen_BK, flat_BK // _GROUP, axis=-1)
+    return values_BK, group_BK * _GROUP + flat_BK % _GROUP
 
 
-def _one_stage(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    # One NaN and one zero: `lax.top_k` sorts -NaN last and -0 after 0; arithmetic makes both.
-    ordered = jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0.0, x))
-    values, indices = lax.top_k(ordered, k)
+def _grouped(n: int, k: int) -> bool:
+    on_tpu = dispatch.current_target().platform == "tpu"
+    return not on_tpu and n % _GROUP == 0 and n // _GROUP >= _GROUPS_PER_KEPT * k
+
+
+def _whole_rows(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    values_BK, indices_BK = _lax_top_k(x_BL, k)
+    # A sum is NaN where an element is; zeros matter where one may be kept, or just not.
+    sum_B = x_BL.sum(-1, dtype=jnp.promote_types(x_BL.dtype, jnp.float32))
+    doubtful = jnp.isnan(sum_B).any() | (values_BK[..., -1] <= 0).any()
+    return lax.cond(
+        doubtful,
+        lambda: _lax_top_k(ordered(x_BL), k),
+        lambda: (values_BK, indices_BK),
+    )
+
+
+def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    values, indices = lax.top_k(x, k)
     return values, indices.astype(jnp.int32)
 
 

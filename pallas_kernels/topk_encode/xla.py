@@ -13,11 +13,23 @@ _BLOCK_BYTES = {"cpu": 2**25}
 _BLOCK_BYTES_ELSEWHERE = 2**28
 
 
+def block_tokens(n_latents: int, itemsize: int = 4, platform: str | None = None) -> int:
+    """Tokens whose pre-activations a block of `topk_encode` holds at once, as a multiple of 8.
+
+    Args:
+      n_latents: of a device.
+      itemsize: bytes of a pre-activation.
+      platform: None is that of the target in force.
+    """
+    platform = platform or dispatch.current_target().platform
+    limit = _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ELSEWHERE)
+    return max(limit // (itemsize * n_latents) // 8 * 8, 8)
+
+
 def topk_encode(x_BD: jax.Array, w_LD: jax.Array, b_L: jax.Array, k: int):
     """See `pallas_kernels.topk_encode.vjp.topk_encode`."""
     dtype = jnp.result_type(x_BD, w_LD, jnp.float32)
-    limit = _BLOCK_BYTES.get(dispatch.current_target().platform, _BLOCK_BYTES_ELSEWHERE)
-    tokens = max(limit // (dtype.itemsize * len(w_LD)) // 8 * 8, 8)
+    tokens = block_tokens(len(w_LD), dtype.itemsize)
 
     def block(x_bD):
         h_bL = lax.dot_general(
@@ -27,7 +39,7 @@ def topk_encode(x_BD: jax.Array, w_LD: jax.Array, b_L: jax.Array, k: int):
             precision=lax.Precision.HIGHEST,
             preferred_element_type=dtype,
         )
-        return xla.top_k(h_bL + b_L, k)
+        return xla.top_k_of_ordered(xla.ordered(h_bL + b_L), k)
 
     none = jnp.zeros((), jnp.int32)
     if len(x_BD) <= tokens:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from saejax import collectives
 from saejax.model import sparse
-from saejax.model.codes import Code, DenseCode, Error, make_code
+from saejax.model.codes import Code, DenseCode, Error, layout, make_code
 from saejax.model.sparse import WeightGrads
 from saejax.types import Params
 
@@ -154,9 +154,14 @@ def select(
       kept, and it had more. Where no shard was, the selection is the exact one.
     """
     n_latents = len(w_enc_LD)
-    if collectives.latent_shards() * n_latents <= wanted.k:
+    shards = collectives.latent_shards()
+    whole = shards * n_latents <= wanted.k
+    kind = layout(wanted.k, n_latents, shards, spec.dense_below)
+    if whole or (shards == 1 and kind is DenseCode):
         h_BL = sparse.of_centred(centred_BD, w_enc_LD, latent_bias_L)
         kept_BL = h_BL != -jnp.inf
+        if not whole:
+            kept_BL &= sparse.top_k_mask(h_BL, wanted.k)
         on_BL = kept_BL & ~(h_BL <= 0) if spec.relu else kept_BL
         return DenseCode(jnp.where(on_BL, h_BL, 0), on_BL), jnp.zeros((), jnp.int32)
     offered = min(wanted.capacity, n_latents)

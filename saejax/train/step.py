@@ -35,6 +35,20 @@ def auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
     return [*sizes, n_latents]
 
 
+def auxk_blocks(own_tokens: int, shards: int, capacity: int, platform: str | None = None) -> int:
+    """Blocks that AuxK cuts a microbatch into: their pre-activations are as `topk_encode` bounds.
+
+    Args:
+      own_tokens: of a microbatch and device.
+      shards: latent shards, whose tokens each sees.
+      capacity: rows of the block of dead latents.
+      platform: None is that of the target in force.
+    """
+    most = max(sparse.block_tokens(capacity, platform=platform) // shards, 1)
+    wanted = -(-own_tokens // most)
+    return next(blocks for blocks in range(wanted, own_tokens + 1) if own_tokens % blocks == 0)
+
+
 def _compute_weights(params: Params, dtype: jnp.dtype) -> Params:
     """The matrices in the compute dtype, once a step."""
     return params | {name: params[name].astype(dtype) for name in ("w_enc", "w_dec")}
@@ -58,6 +72,10 @@ def _auxk_gradients(capacity, params, weights, dead_L, x_NbD, e_NbD, scale, spec
     def one(total, chunk):
         total, error, cut = add_auxk(total, block, alive_C, *chunk, scale, spec.loss)
         return total, (error, cut)
+
+    # No array of tokens times dead latents exists either: the more there are, the smaller a block.
+    blocks = auxk_blocks(x_NbD.shape[1], collectives.latent_shards(), capacity)
+    x_NbD, e_NbD = (a.reshape(-1, a.shape[1] // blocks, a.shape[2]) for a in (x_NbD, e_NbD))
 
     zero = {
         name: jnp.zeros(block[name].shape, params[name].dtype)

@@ -14,9 +14,8 @@ from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
-from saejax.train.spec import bytes_over_data, loss_spec
+from saejax.train.spec import KernelConfig, bytes_over_data, loss_spec
 from saejax.train.state import abstract_state, create
-from saejax.train.spec import KernelConfig
 from saejax.train.step import auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16

@@ -1,0 +1,1 @@
+"""The `top_k_mask` operation."""
