@@ -96,8 +96,9 @@ class Workload:
         return next(size for size in sizes if size >= dead), sizes[-1]
 
     def is_dense(self, latents: int, k: int) -> bool:
-        """Whether a code of k out of so many latents on each shard has a value for all of them."""
-        return 0 < latents * self.shape.latent <= self.spec.loss.dense_below * k
+        """Whether AuxK's code of k out of so many latents on each shard has a value for all."""
+        shards = self.shape.latent
+        return latents > 0 and (shards == 1 or latents * shards <= self.spec.loss.dense_below * k)
 
     def pairs(self, k: int) -> float:
         """Kept (token, latent) pairs of this device and step, of a selection of k."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from saejax import collectives
 from saejax.model import sparse
-from saejax.model.codes import Code, DenseCode, Error, layout, make_code
+from saejax.model.codes import Code, DenseCode, Error, make_code
 from saejax.model.sparse import WeightGrads
 from saejax.types import Params
 
@@ -156,8 +156,9 @@ def select(
     n_latents = len(w_enc_LD)
     shards = collectives.latent_shards()
     whole = shards * n_latents <= wanted.k
-    kind = layout(wanted.k, n_latents, shards, spec.dense_below)
-    if whole or (shards == 1 and kind is DenseCode):
+    exact = wanted.capacity >= min(wanted.k, n_latents)
+    if whole or (shards == 1 and exact):
+        # AuxK keeps hundreds per token: gathering as many rows would cost more than products do.
         h_BL = sparse.of_centred(centred_BD, w_enc_LD, latent_bias_L)
         kept_BL = h_BL != -jnp.inf
         if not whole:
