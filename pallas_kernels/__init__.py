@@ -29,9 +29,9 @@ from pallas_kernels.row_update.api import RowScalars, RowSettings, RowUpdated, r
 from pallas_kernels.sparse_transpose_matmul.api import sparse_transpose_matmul
 from pallas_kernels.top_k.api import top_k
 from pallas_kernels.top_k_mask.api import top_k_mask
-from pallas_kernels.topk_encode.xla import block_tokens
 from pallas_kernels.topk_encode.api import Encoded
 from pallas_kernels.topk_encode.vjp import topk_encode
+from pallas_kernels.topk_encode.xla import block_tokens
 from pallas_kernels.weight_grads.api import WeightGrads, weight_grads, weight_grads_of_pairs
 from pallas_kernels.weight_grads_update.api import Rows, Updated, weight_grads_update
 

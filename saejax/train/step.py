@@ -247,15 +247,17 @@ def make_step(
             state, grad_norm = apply_by_optax(state, gradients, tx, optimizer)
         else:
             state, grad_norm = apply_gradients(state, gradients, learning_rate, optimizer, mesh)
-        return state, StepMetrics(
-            tokens=jnp.asarray(batch_tokens, jnp.int32),
-            token_shard_pairs=jnp.asarray(batch_tokens * shape.latent, jnp.float32),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate.astype(jnp.float32),
-            **sums,
-        )
+        rates = {"grad_norm": grad_norm, "learning_rate": learning_rate.astype(jnp.float32)}
+        return state, StepMetrics(**_counts(batch_tokens, shape.latent), **rates, **sums)
 
     return _traced_for(device, kernels, step)
+
+
+def _counts(batch_tokens: int, shards: int) -> dict[str, jax.Array]:
+    return {
+        "tokens": jnp.asarray(batch_tokens, jnp.int32),
+        "token_shard_pairs": jnp.asarray(batch_tokens * shards, jnp.float32),
+    }
 
 
 def _traced_for(device: jax.Device, kernels: KernelConfig, step: Callable) -> Callable:

@@ -1,0 +1,322 @@
+"""The operations of a training step against float64 numpy, on every kind of input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels as pk
+from pallas_kernels.topk_encode import xla as encode_xla
+
+quick = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+IMPLEMENTATIONS = ["xla", "reference"]
+KINDS = ["random", "whole numbers", "all negative", "all equal", "masked"]
+
+
+def problem(kind, tokens, d, n, seed):
+    """x, w and b; sums of whole numbers are exact in float32, so that ties are ties."""
+    rng = np.random.default_rng(seed)
+    draw = {"whole numbers": lambda s: rng.integers(-2, 3, s), "all equal": np.ones}
+    x, w = (draw.get(kind, lambda s: rng.normal(size=s))(s) for s in ((tokens, d), (n, d)))
+    b = rng.integers(-2, 3, n).astype(float) if kind != "all equal" else np.zeros(n)
+    if kind == "all negative":
+        x, w, b = np.abs(x), -np.abs(w), b - 3
+    if kind == "masked":
+        b[rng.random(n) < 0.5] = -np.inf
+    return (np.float32(a) for a in (x, w, b))
+
+
+def stable_top_k(h, k):
+    order = np.lexsort((np.broadcast_to(np.arange(h.shape[1]), h.shape), -h), axis=-1)[:, :k]
+    return np.take_along_axis(h, order, -1), order
+
+
+@quick
+@given(
+    kind=st.sampled_from(KINDS),
+    tokens=st.integers(1, 20),
+    d=st.integers(1, 40),
+    n=st.integers(1, 300),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+    implementation=st.sampled_from(IMPLEMENTATIONS),
+)
+def test_topk_encode(kind, tokens, d, n, share, seed, implementation):
+    k = max(1, min(round(share * 12), n))
+    x, w, b = problem(kind, tokens, d, n, seed)
+    got = pk.topk_encode(x, w, b, k, implementation)
+    h = x.astype(np.float64) @ w.T.astype(np.float64) + b
+    want_values, want_indices = stable_top_k(h, k)
+    np.testing.assert_allclose(got.values_BK, want_values, rtol=1e-5, atol=1e-5)
+    if kind in ("whole numbers", "all equal"):
+        np.testing.assert_array_equal(got.indices_BK, want_indices)
+    chosen = np.take_along_axis(h, np.asarray(got.indices_BK), -1)
+    np.testing.assert_allclose(chosen, want_values, rtol=1e-5, atol=1e-5)
+    assert int(got.fallback_tokens) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 24, 37])
+def test_blocks_of_tokens_change_nothing(monkeypatch, tokens):
+    x, w, b = problem("whole numbers", tokens, 16, 64, 0)
+    whole = pk.topk_encode(x, w, b, 5)
+    monkeypatch.setattr(encode_xla, "_BLOCK_BYTES", {"cpu": 8 * 4 * 64})
+    assert pk.block_tokens(64) == 8
+    for got, want in zip(pk.topk_encode(x, w, b, 5), whole, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("where", ["x", "w", "b"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_surfaces(where, implementation):
+    arrays = dict(zip("xwb", problem("random", 6, 8, 300, 0), strict=True))
+    arrays[where].reshape(-1)[3] = np.nan
+    values, indices, _ = pk.topk_encode(*arrays.values(), 2, implementation)
+    tokens = [0] if where == "x" else range(6)
+    assert np.isnan(np.asarray(values)[tokens, 0]).all()
+    squared = pk.decode_loss(values, indices, arrays["w"], arrays["x"]).squared_error_B
+    assert np.isnan(np.asarray(squared)[tokens]).all()
+
+
+def test_topk_encode_is_differentiable():
+    x, w, b = (jnp.asarray(a) for a in problem("random", 6, 8, 40, 1))
+
+    def loss(encode):
+        return lambda x, w, b: jnp.square(encode(x, w, b)).sum()
+
+    def dense(x, w, b):
+        return jax.lax.top_k(x @ w.T + b, 3)[0]
+
+    got = jax.grad(loss(lambda *a: pk.topk_encode(*a, 3).values_BK), (0, 1, 2))(x, w, b)
+    want = jax.grad(loss(dense), (0, 1, 2))(x, w, b)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def code(tokens, k, n, seed):
+    rng = np.random.default_rng(seed)
+    indices = np.argsort(rng.random((tokens, n)), axis=1)[:, :k].astype(np.int32)
+    return rng.normal(size=(tokens, k)), indices, rng
+
+
+@quick
+@given(
+    tokens=st.integers(1, 70),
+    d=st.integers(1, 40),
+    n=st.integers(1, 50),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+    implementation=st.sampled_from(IMPLEMENTATIONS),
+)
+def test_decode_loss_and_weight_grads(tokens, d, n, k, seed, implementation):
+    values, indices, rng = code(tokens, min(k, n), n, seed)
+    w, target = rng.normal(size=(n, d)), rng.normal(size=(tokens, d))
+    dense = np.zeros((tokens, n))
+    np.put_along_axis(dense, indices, values, 1)
+    want_e = target - dense @ w
+    with jax.enable_x64(True):
+        got = pk.decode_loss(values, indices, w, target, implementation=implementation)
+        np.testing.assert_allclose(got.residual_BD, want_e, rtol=0, atol=1e-12)
+        want_inner = np.take_along_axis(want_e @ w.T, indices, 1)
+        np.testing.assert_allclose(got.inner_BK, want_inner, rtol=0, atol=1e-11)
+        np.testing.assert_allclose(got.squared_error_B, np.square(want_e).sum(1), rtol=1e-12)
+        totals = pk.WeightGrads(*(jnp.asarray(rng.normal(size=s)) for s in ((n, d), (n, d), n)))
+        d_values, x = rng.normal(size=values.shape), rng.normal(size=(tokens, d))
+        d_dense = np.zeros((tokens, n))
+        np.put_along_axis(d_dense, indices, d_values, 1)
+        sums = (dense.T @ want_e, d_dense.T @ x, d_dense.sum(0))
+        arguments = (values, d_values, indices, want_e, x, n)
+        for start in (None, totals):
+            got = pk.weight_grads(*arguments, totals=start, implementation=implementation)
+            for one, want, more in zip(got, sums, start or (0, 0, 0), strict=True):
+                np.testing.assert_allclose(one, want + np.asarray(more), rtol=0, atol=1e-11)
+        kept = rng.random(values.shape) < 0.7
+        pairs = pk.pair_list.compact(kept, values, indices, n)
+        order = pk.pair_list.compact(kept, d_values, indices, n).values_P
+        got = pk.weight_grads_of_pairs(pairs, order, want_e, x, n, implementation=implementation)
+        part = np.zeros((tokens, n))
+        np.put_along_axis(part, indices, np.where(kept, values, 0), 1)
+        np.testing.assert_allclose(got.w_dec_LD, part.T @ want_e, rtol=0, atol=1e-11)
+
+
+def test_the_inner_products_are_of_the_residual_that_is_returned():
+    values, indices, rng = code(5, 3, 20, 0)
+    w, target = rng.normal(size=(20, 8)), rng.normal(size=(5, 8))
+    arrays = (np.float32(values), indices, np.float32(w), np.float32(target))
+    for implementation in IMPLEMENTATIONS:
+        e, inner, _ = pk.decode_loss(
+            *arrays, residual_dtype=jnp.bfloat16, implementation=implementation
+        )
+        assert e.dtype == jnp.bfloat16 and inner.dtype == jnp.float32
+        want = np.einsum("bd,bkd->bk", np.float64(e), np.float64(np.float32(w))[indices])
+        np.testing.assert_allclose(inner, want, rtol=1e-5, atol=1e-5)
+
+
+def updated_by_numpy(w, g, mu, nu, ema, rate, step, scale, s):
+    """The equations of Adam and of Gao et al. 2024, App. A, row by row."""
+    out = []
+    for row in range(len(w)):
+        u, gradient = w[row], g[row]
+        length = np.sqrt(u @ u) or 1.0
+        if s.project:
+            gradient = gradient - (gradient @ u) / length * (u / length)
+        first = s.beta1 * mu[row] + (1 - s.beta1) * scale * gradient
+        second = s.beta2 * nu[row] + (1 - s.beta2) * (scale * gradient) ** 2
+        mean, spread = first / (1 - s.beta1**step), second / (1 - s.beta2**step)
+        new = u - rate * mean / (np.sqrt(spread) + s.epsilon)
+        if s.unit_norm:
+            new = new / (np.sqrt(new @ new) or 1.0)
+        average = s.ema_decay * ema[row] + (1 - s.ema_decay) * new if s.ema_decay else new
+        out.append((new, first, second, average, gradient @ gradient))
+    return [np.stack(field) for field in zip(*out, strict=True)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("project, unit_norm, ema_decay", [(1, 1, 0.9), (0, 0, None), (1, 0, 0.5)])
+def test_row_update(project, unit_norm, ema_decay, implementation):
+    rng = np.random.default_rng(0)
+    w, g, mu, nu, ema = (rng.normal(size=(7, 5)) for _ in range(5))
+    nu, w[3] = np.abs(nu), 0
+    g[3] = mu[3] = 0  # a row of nothing stays nothing
+    settings_ = pk.RowSettings(
+        beta1=0.9,
+        beta2=0.99,
+        epsilon=1e-8,
+        ema_decay=ema_decay,
+        project=bool(project),
+        unit_norm=bool(unit_norm),
+    )
+    with jax.enable_x64(True):
+        scalars = pk.RowScalars(jnp.asarray(0.1), jnp.asarray(3, jnp.int32), jnp.asarray(0.7))
+        got = pk.row_update(
+            w,
+            g,
+            mu,
+            nu,
+            ema if ema_decay else None,
+            scalars,
+            settings=settings_,
+            copy_dtype=jnp.bfloat16,
+            implementation=implementation,
+        )
+    want = updated_by_numpy(w, g, mu, nu, ema, 0.1, 3, 0.7, settings_)
+    fields = (got.w_LD, got.mu_LD, got.nu_LD, got.ema_LD, got.squared_norm_L)
+    for one, other in zip(fields, want, strict=True):
+        if one is not None:
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+    assert (got.ema_LD is None) == (ema_decay is None)
+    np.testing.assert_array_equal(got.copy_LD, got.w_LD.astype(jnp.bfloat16))
+
+
+def test_the_composed_update_is_its_parts():
+    values, indices, rng = code(12, 3, 20, 0)
+    values = np.float32(values)
+    e, x, *state = (np.float32(rng.normal(size=s)) for s in [(12, 8)] * 2 + [(20, 8)] * 8)
+    dec, enc = pk.Rows(*state[:4]), pk.Rows(*state[4:])
+    dec, enc = (rows._replace(nu_LD=np.abs(rows.nu_LD)) for rows in (dec, enc))
+    scalars = pk.RowScalars(jnp.float32(0.1), jnp.int32(2), jnp.float32(1))
+    plain = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, ema_decay=0.9)
+    unit = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, ema_decay=0.9, unit_norm=True)
+    got = pk.weight_grads_update(
+        values, values, indices, e, x, dec, enc, scalars, dec_settings=unit, enc_settings=plain
+    )
+    g = pk.weight_grads(values, values, indices, e, x, 20)
+    for rows, gradient, how, done in (
+        (dec, g.w_dec_LD, unit, got.dec),
+        (enc, g.w_enc_LD, plain, got.enc),
+    ):
+        w, mu, nu, ema = rows
+        want = pk.row_update(w, gradient, mu, nu, ema, scalars, settings=how)
+        for one, other in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(got.latent_bias_L, g.latent_bias_L)
+
+
+def spec(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+BAD = {
+    "k > n": (
+        lambda: pk.topk_encode(spec(2, 4), spec(8, 4), spec(8), 9),
+        r"topk_encode: k = 9 must be a whole number in \[1, 8\]",
+    ),
+    "negative k": (
+        lambda: pk.topk_encode(spec(2, 4), spec(8, 4), spec(8), -1),
+        r"topk_encode: k = -1 must",
+    ),
+    "width": (
+        lambda: pk.topk_encode(spec(2, 4), spec(8, 5), spec(8), 1),
+        r"topk_encode: w_LD has shape \[8, 5\], but must have \[\*, 4\]",
+    ),
+    "rank": (
+        lambda: pk.decode_loss(spec(2, 3), spec(2, 3, dtype="int32"), spec(8), spec(2, 4)),
+        r"decode_loss: w_LD has shape \[8\]",
+    ),
+    "index dtype": (
+        lambda: pk.decode_loss(spec(2, 3), spec(2, 3), spec(8, 4), spec(2, 4)),
+        r"decode_loss: indices_BK has dtype float32, but must be one of int32",
+    ),
+    "dtype": (
+        lambda: pk.topk_encode(spec(2, 4, dtype="float16"), spec(8, 4), spec(8), 1),
+        r"topk_encode: x_BD has dtype float16, but must be one of bfloat16, float32, float64",
+    ),
+    "n * d": (
+        lambda: pk.dense_sparse_matmul(
+            spec(2, 3), spec(2, 3, dtype="int32"), spec(2**20, 2**11, dtype="bfloat16")
+        ),
+        r"w_LD of shape \[1048576, 2048\] has 2147483648 entries .* fewer than 2\*\*31",
+    ),
+    "B * k": (
+        lambda: pk.weight_grads(
+            spec(2**26, 32), spec(2**26, 32), spec(2**26, 32, dtype="int32"), spec(2**26, 4),
+            spec(2**26, 4), 8,
+        ),
+        r"weight_grads: indices_BK of shape \[67108864, 32\] has 2147483648 entries",
+    ),
+    "totals": (
+        lambda: pk.weight_grads(
+            spec(2, 3), spec(2, 3), spec(2, 3, dtype="int32"), spec(2, 4), spec(2, 4), 8,
+            totals=pk.WeightGrads(spec(8, 4), spec(7, 4), spec(8)),
+        ),
+        r"weight_grads: totals.w_enc_LD has shape \[7, 4\], but must have \[8, 4\]",
+    ),
+    "average": (
+        lambda: pk.row_update(
+            *[spec(8, 4)] * 4,
+            None,
+            pk.RowScalars(spec(), spec(dtype="int32"), spec()),
+            settings=pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, ema_decay=0.9),
+        ),
+        r"row_update: ema_LD is None, but settings.ema_decay = 0.9",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    call, message = BAD[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+def test_what_is_picked_is_explained():
+    arguments = (spec(8, 128), spec(512, 128), spec(512), 4)
+    said = pk.explain(pk.topk_encode, *arguments)
+    assert said.startswith("topk_encode: xla (mosaic_gpu: it ") and "mosaic_tpu: it runs on" in said
+    with pytest.raises(ValueError, match=r"topk_encode: implementation = 'cuda' does not exist"):
+        pk.topk_encode(*arguments, "cuda")
+    with pytest.raises(NotImplementedError, match=r"'mosaic_tpu' cannot run: it runs on tpu dev"):
+        pk.topk_encode(*arguments, "mosaic_tpu")
+    with pk.preferring("reference"):
+        assert pk.explain(pk.topk_encode, *arguments).startswith("topk_encode: reference")
+
+
+def test_reruns_are_bit_identical():
+    values, indices, rng = code(200, 8, 30, 0)
+    e, x = (np.float32(rng.normal(size=(200, 16))) for _ in range(2))
+    call = jax.jit(lambda *a: pk.weight_grads(*a, 30))
+    first, second = (call(np.float32(values), np.float32(values), indices, e, x) for _ in "ab")
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
