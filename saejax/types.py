@@ -67,6 +67,8 @@ class StepMetrics:
       at_capacity: (token, latent shard) pairs where the shard offered all it may to the global
         top-k, all were kept, and it has more latents; 0 proves that the selection was exact.
       multi_at_capacity, auxk_at_capacity: the same for Multi-TopK and AuxK.
+      reselected: (token, latent shard) pairs that a kernel's first pass did not settle, so that all
+        their pre-activations were selected from; the selection is exact either way, but slower.
       token_shard_pairs: number of pairs, to divide by; float32.
       grad_norm: global norm of the gradient after projection, before clipping.
       learning_rate: the rate this update used.
@@ -82,6 +84,7 @@ class StepMetrics:
     at_capacity: jax.Array
     multi_at_capacity: jax.Array
     auxk_at_capacity: jax.Array
+    reselected: jax.Array
     token_shard_pairs: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array

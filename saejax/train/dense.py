@@ -51,6 +51,7 @@ def dense_gradients(
             params, x_BD, jax.lax.stop_gradient(e_BD), dead_L, spec, shards
         )
         sums |= {"auxk": auxk, "auxk_skipped": skipped, "auxk_at_capacity": aux_cut}
+        sums |= {"reselected": jnp.zeros((), jnp.int32)}
         return total / (len(x_BD) * variance) + spec.auxk_coefficient * auxk, sums
 
     gradients, sums = jax.grad(loss, has_aux=True)(params)

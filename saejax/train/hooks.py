@@ -65,6 +65,7 @@ class Window:
             "at_capacity": total.at_capacity / total.token_shard_pairs,
             "multi_at_capacity": total.multi_at_capacity / total.token_shard_pairs,
             "auxk_at_capacity": total.auxk_at_capacity / total.token_shard_pairs,
+            "reselected": total.reselected / total.token_shard_pairs,
             "grad_norm": float(last.grad_norm),
             "learning_rate": float(last.learning_rate),
             "tokens_per_second": total.tokens / seconds,

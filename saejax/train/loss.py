@@ -123,6 +123,7 @@ class Reconstruction:
       fired: `[L]` bool, latents of this shard active on any token of the block.
       active: (token, latent) pairs of this shard that are active.
       cut, multi_cut: tokens on which this shard offered all it may and had more.
+      reselected: tokens that a kernel had to select again; see `topk_encode`.
     """
 
     residual: jax.Array
@@ -132,6 +133,7 @@ class Reconstruction:
     active: jax.Array
     cut: jax.Array
     multi_cut: jax.Array
+    reselected: jax.Array
 
 
 def select(
@@ -245,7 +247,7 @@ def add_reconstruction(
     centred_BD = collectives.gather_tokens(centred_bD, spec.dtype)
     n_latents = len(weights["w_enc"])
     offered = max(s.capacity for s in (spec.main, spec.multi) if s is not None)
-    values_BC, indices_BC, _ = sparse.topk_encode(
+    values_BC, indices_BC, reselected = sparse.topk_encode(
         centred_BD, weights["w_enc"], weights["latent_bias"], min(offered, n_latents)
     )
 
@@ -274,6 +276,7 @@ def add_reconstruction(
         active=on.sum(dtype=jnp.int32),
         cut=cut,
         multi_cut=multi_cut,
+        reselected=reselected,
     )
 
 

@@ -174,9 +174,9 @@ def _auxk(gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
 def _sums(seen: Reconstruction, dead_L: jax.Array, auxk: tuple) -> dict[str, jax.Array]:
     """The step's sums over the whole mesh; those of `auxk` but the last are global already."""
     auxk_loss, skipped, auxk_cut = auxk
-    counts = (seen.active.sum(), seen.cut.sum(), seen.multi_cut.sum(), auxk_cut)
-    counts = jnp.stack([count.astype(jnp.int32) for count in counts])
-    active, cut, multi_cut, auxk_cut = collectives.sum_over_mesh(counts)
+    counts = (seen.active, seen.cut, seen.multi_cut, auxk_cut, seen.reselected)
+    counts = jnp.stack([count.sum(dtype=jnp.int32) for count in counts])
+    active, cut, multi_cut, auxk_cut, reselected = collectives.sum_over_mesh(counts)
     errors = jnp.stack([seen.squared_error.sum(), seen.multi_squared_error.sum()])
     squared_error, multi_squared_error = collectives.sum_over_mesh(errors)
     return {
@@ -189,6 +189,7 @@ def _sums(seen: Reconstruction, dead_L: jax.Array, auxk: tuple) -> dict[str, jax
         "at_capacity": cut,
         "multi_at_capacity": multi_cut,
         "auxk_at_capacity": auxk_cut,
+        "reselected": reselected,
     }
 
 

@@ -34,7 +34,8 @@ def metrics(**changes) -> StepMetrics:
     values = {
         "tokens": BATCH, "squared_error": 2.0, "multi_squared_error": 0.0, "active": 8,
         "dead": 1, "auxk": 0.5, "auxk_skipped": 0, "at_capacity": 0, "multi_at_capacity": 0,
-        "auxk_at_capacity": 0, "token_shard_pairs": BATCH, "grad_norm": 1.0, "learning_rate": 0.1,
+        "auxk_at_capacity": 0, "reselected": 0, "token_shard_pairs": BATCH, "grad_norm": 1.0,
+        "learning_rate": 0.1,
     } | changes  # fmt: skip
     real = {"squared_error", "multi_squared_error", "auxk", "grad_norm", "learning_rate"}
     whole = set(values) - real
@@ -197,7 +198,7 @@ def test_a_window_divides_sums_once():
         metrics(
             squared_error=7.0, multi_squared_error=5.0, tokens=30, active=60, dead=3, auxk=2.0,
             auxk_skipped=1, at_capacity=10, auxk_at_capacity=5, token_shard_pairs=16,
-            grad_norm=9.0, learning_rate=0.25,
+            reselected=2, grad_norm=9.0, learning_rate=0.25,
         ),
     )  # fmt: skip
     record = window.close(2, LATENTS, 40)
@@ -206,7 +207,7 @@ def test_a_window_divides_sums_once():
         "step": 2, "tokens": 40, "nmse": 10 / (40 * 0.5), "multi_nmse": 5 / (40 * 0.5),
         "l0": 100 / 40, "dead_fraction": 3 / LATENTS, "auxk": 1.5, "auxk_skipped": 1,
         "at_capacity": 10 / 20, "multi_at_capacity": 0, "auxk_at_capacity": 5 / 20,
-        "grad_norm": 9.0, "learning_rate": 0.25,
+        "reselected": 2 / 20, "grad_norm": 9.0, "learning_rate": 0.25,
     }  # fmt: skip
     assert all(type(value) is float for value in record.values())
     json.dumps(record)
