@@ -9,6 +9,7 @@ from saejax.plan.hardware import Topology
 from saejax.plan.hlo import Collective
 from saejax.plan.workload import Workload
 from saejax.train.loss import Selection
+from saejax.train.step import auxk_blocks
 
 SCOPES = (
     "auxk",
@@ -42,7 +43,9 @@ def expected_collectives(work: Workload, *, largest_auxk: bool = False) -> list[
         rows += _of_microbatch(work, "multi ", loss.multi, work.latents, tokens=False)
     block = work.auxk_blocks[1 if largest_auxk else 0]
     if block:
-        rows += _of_microbatch(work, "auxk ", loss.aux, block, tokens=True)
+        shards, kind = work.shape.latent, work.topology.chip.kind
+        cuts = auxk_blocks(work.block // shards, shards, block, platform=kind)
+        rows += _of_microbatch(work, "auxk ", loss.aux, block, tokens=True, cuts=cuts)
         rows.append(_one("auxk sums", "all-reduce", _BOTH, 3, 4 * (work.width + 2)))
         # Of few rows, so summed whichever way the main gradients go.
         size = 4 * block * (2 * work.width + 1)
@@ -51,7 +54,7 @@ def expected_collectives(work: Workload, *, largest_auxk: bool = False) -> list[
         size = 4 * (2 * matrix + work.latents)
         rows.append(_one("gradients over data", "all-reduce", DATA, 3, size))
     rows.append(_one("fired", "all-reduce", DATA, 1, 4 * work.latents))
-    rows.append(_one("sums", "all-reduce", _BOTH, 3, 4 * work.width + 24))
+    rows.append(_one("sums", "all-reduce", _BOTH, 3, 4 * work.width + 28))
     sizes = {DATA: work.shape.data, LATENT: work.shape.latent}
     present = []
     for row in rows:
@@ -66,9 +69,12 @@ def _one(name: str, kind: str, axis: str, calls: float, size: float) -> Collecti
 
 
 def _of_microbatch(
-    work: Workload, prefix: str, wanted: Selection, latents: int, *, tokens: bool
+    work: Workload, prefix: str, wanted: Selection, latents: int, *, tokens: bool, cuts: int = 1
 ) -> list[Collective]:
-    """One reconstruction from `latents` latents of each shard, over all microbatches."""
+    """One reconstruction from `latents` latents of each shard, over all microbatches.
+
+    Each is taken in `cuts` parts.
+    """
     chunks, block, shards = work.spec.chunks, work.block, work.shape.latent
     offered = min(wanted.capacity, latents)
     wide, narrow = block * work.width * 4, block * work.width * work.itemsize
@@ -86,7 +92,8 @@ def _of_microbatch(
             rows += [("candidates", "all-to-all", block * offered * 4)]
             rows += [("kept counts", "all-to-all", block * 4)]
     rows += [("reconstruction", scatter, wide), ("residual", gather, narrow)]
-    found = [_one(prefix + n, kind, LATENT, chunks, chunks * size) for n, kind, size in rows]
+    calls = chunks * cuts
+    found = [_one(prefix + n, kind, LATENT, calls, chunks * size) for n, kind, size in rows]
     if work.spec.loss.gather_codes and prefix != "auxk ":
         arrays, code = _code(work, wanted, offered)
         size = chunks * work.shape.data * (code + 2 * narrow)
