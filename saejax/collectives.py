@@ -2,7 +2,8 @@
 
 All functions run on local shards inside `mesh.per_device`. Tokens are held in one of two ways: each
 device its own rows `[b, D]`, or all the rows of its data row `[B, D]`, in the order of the latent
-shards. `gather_tokens` and `sum_tokens` lead from one to the other.
+shards. `gather_tokens` and `sum_tokens` lead from one to the other. Along an axis of one device they
+return what they are given: a compiler would copy it.
 """
 
 import functools
@@ -48,7 +49,7 @@ def data_rows() -> int:
 @_named("tokens")
 def gather_tokens(x_bD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`[B, D]` in `dtype`: the data row's tokens, from the rows each latent shard was fed."""
-    return lax.all_gather(x_bD.astype(dtype), LATENT, axis=0, tiled=True)
+    return _gathered(x_bD.astype(dtype))
 
 
 @_named("reconstruction")
@@ -57,13 +58,21 @@ def sum_tokens(partial_BD: jax.Array) -> jax.Array:
 
     Half the bytes of an all-reduce; the residual is gathered back in the narrower compute dtype.
     """
+    if latent_shards() == 1:
+        return partial_BD
     return lax.psum_scatter(partial_BD, LATENT, scatter_dimension=0, tiled=True)
 
 
 @_named("residual")
 def gather_residual(e_bD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`[B, D]` in `dtype`: residuals of the data row's tokens, for every shard's gradients."""
-    return lax.all_gather(e_bD.astype(dtype), LATENT, axis=0, tiled=True)
+    return _gathered(e_bD.astype(dtype))
+
+
+def _gathered(x_bD: jax.Array) -> jax.Array:
+    if latent_shards() == 1:
+        return x_bD
+    return lax.all_gather(x_bD, LATENT, axis=0, tiled=True)
 
 
 @_named("codes over data")
@@ -78,31 +87,38 @@ def reduce_over_data(tree):
 
     A reduction for each leaf: the compiler may start one while it makes another.
     """
-    return jax.tree.map(lambda x: lax.psum(x, DATA), tree)
+    return _summed(tree, DATA)
 
 
 @_named("sums")
 def sum_over_mesh(tree):
     """Sum over every device of small leaves."""
-    return jax.tree.map(lambda x: lax.psum(x, (DATA, LATENT)), tree)
+    return _summed(tree, DATA, LATENT)
 
 
 @_named("sums")
 def sum_over_latents(tree):
     """Sum over 'latent' of small leaves."""
-    return jax.tree.map(lambda x: lax.psum(x, LATENT), tree)
+    return _summed(tree, LATENT)
+
+
+def _summed(tree, *axes: str):
+    axes = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+    return jax.tree.map(lambda x: lax.psum(x, axes), tree) if axes else tree
 
 
 @_named("fired")
 def any_over_data(flag: jax.Array) -> jax.Array:
     """Logical or over 'data'."""
+    if data_rows() == 1:
+        return flag
     return lax.pmax(flag.astype(jnp.int32), DATA) > 0
 
 
 @_named("sums")
 def largest_over_latents(count: jax.Array) -> jax.Array:
     """Maximum over 'latent'; makes a branch index agree on every shard."""
-    return lax.pmax(count, LATENT)
+    return lax.pmax(count, LATENT) if latent_shards() > 1 else count
 
 
 def count_kept(values_BC: jax.Array, k: int, exchange: str = "all_to_all") -> jax.Array:

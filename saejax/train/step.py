@@ -134,7 +134,9 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
     def one(total, x_bD):
         return add_reconstruction(total, weights, x_bD, scale, spec.loss)
 
-    gradients, seen = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), x_NbD)
+    # -0 adds nothing either: had both matrices the same start, XLA would fill one and copy it.
+    start = jax.tree.map(jnp.zeros_like, params) | {"w_enc": -jnp.zeros_like(params["w_enc"])}
+    gradients, seen = jax.lax.scan(one, start, x_NbD)
 
     if not spec.loss.gather_codes:
         # Before AuxK, whose gradients are of few rows and follow by themselves, so that the sum of
