@@ -21,7 +21,7 @@ def encode_top_k(
     """`sparse.encode_top_k` over latent shards: values and global indices `[B, k]`.
 
     Exact whatever the capacity was that the model was trained with: every shard offers min(k, its
-    latents) candidates. Differentiable; gradients are rounded to `dtype` on the way.
+    latents) candidates. Differentiable.
     """
     shards = mesh_lib.shape_of(mesh).latent
     padding = -len(x_BD) % shards or shards * (len(x_BD) == 0)
@@ -41,9 +41,11 @@ def encode_top_k(
 
 
 def _encode_local(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k: int, dtype: jnp.dtype):
-    h_BL = sparse.pre_activations(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, dtype)
-    values_BC, indices_BC = sparse.top_k(h_BL, min(k, h_BL.shape[1]))
-    return collectives.merge_top_k(values_BC, indices_BC, h_BL.shape[1], k)
+    offered = min(k, len(w_enc_LD))
+    values_BC, indices_BC = sparse.encode_top_k(
+        x_BD, w_enc_LD, latent_bias_L, pre_bias_D, offered, dtype
+    )
+    return collectives.merge_top_k(values_BC, indices_BC, len(w_enc_LD), k)
 
 
 def decode(

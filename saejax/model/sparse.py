@@ -108,8 +108,9 @@ def encode_top_k(
       index. The gradient touches the selected latents alone, and the pre-bias gradient is summed
       over the batch before it meets the encoder (Gao et al. 2024, App. D).
     """
-    h_BL = pre_activations(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, dtype)
-    return top_k(h_BL, k)
+    centred_BD = (x_BD - pre_bias_D).astype(dtype)
+    values_BK, indices_BK, _ = topk_encode(centred_BD, w_enc_LD.astype(dtype), latent_bias_L, k)
+    return values_BK, indices_BK
 
 
 def _encode_forward(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k, dtype):
