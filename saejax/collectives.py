@@ -2,8 +2,8 @@
 
 All functions run on local shards inside `mesh.per_device`. Tokens are held in one of two ways: each
 device its own rows `[b, D]`, or all the rows of its data row `[B, D]`, in the order of the latent
-shards. `gather_tokens` and `sum_tokens` lead from one to the other. Along an axis of one device they
-return what they are given: a compiler would copy it.
+shards. `gather_tokens` and `sum_tokens` lead from one to the other. Along an axis of one device
+they return what they are given: a compiler would copy it.
 """
 
 import functools
