@@ -1,8 +1,10 @@
 """Checks of arguments, the same in every operation; errors name the argument and the limit."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 FLOATS = ("bfloat16", "float32", "float64")
 _INDEX_LIMIT = 2**31
@@ -19,8 +21,10 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
 
     Raises:
       ValueError: the shape differs, or an entry could not be addressed by 32-bit arithmetic.
-      TypeError: the dtype is none of those supported.
+      TypeError: it is no array, or its dtype is none of those supported.
     """
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, but must be an array")
     wanted = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
     same = len(value.shape) == len(shape) and all(
         want in (None, size) for size, want in zip(value.shape, shape, strict=True)
@@ -33,15 +37,36 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
             f"{op}: {name} has dtype {jnp.dtype(value.dtype).name}, but must be one of "
             f"{', '.join(allowed)}; convert it with {name}.astype(...)"
         )
-    count = 1
-    for size in value.shape:
-        count *= size
+    entries(op, f"{name} of shape {list(value.shape)}", math.prod(value.shape))
+
+
+def entries(op: str, what: str, count: int):
+    """Raises ValueError if so many entries cannot be addressed by 32-bit arithmetic."""
     if count >= _INDEX_LIMIT:
         raise ValueError(
-            f"{op}: {name} of shape {list(value.shape)} has {count} entries on one device; flat "
-            f"indices are 32-bit, so that it must have fewer than 2**31: use more latent shards, "
-            f"or fewer tokens at a time"
+            f"{op}: {what} has {count} entries on one device; flat indices are 32-bit, so that it "
+            f"must have fewer than 2**31: use more latent shards, or fewer tokens at a time"
         )
+
+
+def code(op: str, values: Any, indices: Any, names: tuple[str, str]):
+    """Checks values `[B, K]` and int32 indices of the same shape, K >= 1."""
+    array(op, names[0], values, (None, None))
+    array(op, names[1], indices, values.shape, "int32")
+    if values.shape[1] < 1:
+        raise ValueError(
+            f"{op}: {names[0]} has shape {list(values.shape)}, but must keep at least one per row"
+        )
+
+
+def latents(op: str, n: int):
+    """Checks a number of latents.
+
+    Raises:
+      ValueError: it is no whole number of at least 1.
+    """
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"{op}: n = {n!r} must be a whole number of at least 1")
 
 
 def kept(op: str, name: str, k: int, n_latents: int):
@@ -50,7 +75,8 @@ def kept(op: str, name: str, k: int, n_latents: int):
     Raises:
       ValueError: it is no whole number in [1, n_latents].
     """
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_latents:
+    whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+    if not whole or not 1 <= k <= n_latents:
         raise ValueError(
             f"{op}: {name} = {k!r} must be a whole number in [1, {n_latents}], the row length"
         )

@@ -55,12 +55,18 @@ def current_target() -> Target:
     chosen = _TARGET.get()
     if chosen is not None:
         return chosen
-    return Target(jax.default_backend(), jax.devices()[0].device_kind)
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        default = jax.devices(default)[0]
+    return Target(default.platform, default.device_kind)
 
 
 @contextlib.contextmanager
 def target(platform: str, device_kind: str = "") -> Iterator[None]:
-    """What is traced inside is meant for another device: a mesh's, or one that is not here."""
+    """What is traced inside is meant for another device: a mesh's, or one that is not here.
+
+    A function that `jax.jit` has compiled before is not traced again, and keeps what it picked.
+    """
     token = _TARGET.set(Target("gpu" if platform in ("cuda", "rocm") else platform, device_kind))
     try:
         yield

@@ -18,11 +18,20 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> str:
     Returns:
       Lines like "topk_encode: xla (mosaic_gpu: it runs on gpu devices, and the target is cpu)", in
       the order of the calls, without repetitions.
+
+    Raises:
+      ValueError: no operation was traced: the function calls none, or is jitted and was compiled
+        before, so that it keeps what it picked then.
     """
     lines: dict[str, None] = {}
     with dispatch.listening(lambda line: lines.setdefault(line)):
         arrays, static = _split((args, kwargs))
         jax.eval_shape(lambda *arrays: _call(op, static, arrays), *arrays)
+    if not lines:
+        raise ValueError(
+            f"explain: {getattr(op, '__name__', op)!r} traced no operation; give the function that "
+            f"`jax.jit` was made from, and one that calls an operation of pallas_kernels"
+        )
     return "\n".join(lines)
 
 

@@ -25,4 +25,4 @@ def keep_freed_memory() -> bool:
         return False
     # One arena: those of other threads give back what is free at their end, whatever is asked.
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+    return min(mallopt(name, value) for name, value in settings.items()) == 1

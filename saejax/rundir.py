@@ -113,7 +113,7 @@ class RunDirectory:
             return False
 
     def _refuse_other_run(self, new: Mapping[str, Any]) -> None:
-        changed = config_differences(read_object(self.config_json), new)
+        changed = config_differences(_result_of(read_object(self.config_json)), _result_of(new))
         if changed:
             shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
             raise ValueError(
@@ -136,6 +136,11 @@ class RunDirectory:
         }
         write_json(self.run_json, content)
         return token
+
+
+def _result_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run's result: not how it is computed, which may change with the machine."""
+    return {part: value for part, value in config.items() if part != "kernels"}
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -51,11 +51,10 @@ def decode_loss(
       ValueError, TypeError: an argument's shape, size or dtype.
       NotImplementedError: the named implementation cannot run here.
     """
-    op, (tokens, k) = "decode_loss", values_BK.shape
-    checks.array(op, "values_BK", values_BK, (None, None))
-    checks.array(op, "indices_BK", indices_BK, (tokens, k), "int32")
+    op = "decode_loss"
+    checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
     checks.array(op, "w_LD", w_LD, (None, None))
-    checks.array(op, "target_BD", target_BD, (tokens, w_LD.shape[1]))
+    checks.array(op, "target_BD", target_BD, (values_BK.shape[0], w_LD.shape[1]))
     arrays = (values_BK, indices_BK, w_LD, target_BD)
     dtype = jnp.dtype(residual_dtype or target_BD.dtype)
     return DecodeLoss(*dispatch.call(op, implementation, AVAILABLE, *arrays, residual_dtype=dtype))

@@ -35,8 +35,7 @@ def dense_sparse_matmul(
       NotImplementedError: the named implementation cannot run here.
     """
     op = "dense_sparse_matmul"
-    checks.array(op, "values_BK", values_BK, (None, None))
-    checks.array(op, "indices_BK", indices_BK, values_BK.shape, "int32")
+    checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
     checks.array(op, "w_LD", w_LD, (None, None))
     return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, w_LD)
 

@@ -102,12 +102,26 @@ def row_update(
     checks.array(op, "w_LD", w_LD, (None, None))
     for name, value in (("g_LD", g_LD), ("mu_LD", mu_LD), ("nu_LD", nu_LD)):
         checks.array(op, name, value, w_LD.shape)
-    if (ema_LD is None) != (settings.ema_decay is None):
-        raise ValueError(
-            f"{op}: ema_LD is {'None' if ema_LD is None else 'given'}, but settings.ema_decay = "
-            f"{settings.ema_decay}; give both or neither"
-        )
+    check_average(op, "ema_LD", ema_LD, settings)
     checks.optional(op, "ema_LD", ema_LD, w_LD.shape)
+    scalars = in_dtype(scalars, w_LD.dtype)
     arrays = (w_LD, g_LD, mu_LD, nu_LD, ema_LD, scalars)
     settled = {"settings": settings, "copy_dtype": copy_dtype and jnp.dtype(copy_dtype)}
     return RowUpdated(*dispatch.call(op, implementation, AVAILABLE, *arrays, **settled))
+
+
+def check_average(op: str, name: str, ema_LD: jax.Array | None, settings: RowSettings):
+    """Raises ValueError unless an average is given exactly if one is kept."""
+    if (ema_LD is None) != (settings.ema_decay is None):
+        raise ValueError(
+            f"{op}: {name} is {'None' if ema_LD is None else 'given'}, but settings.ema_decay = "
+            f"{settings.ema_decay}; give both or neither"
+        )
+
+
+def in_dtype(scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
+    """The scalars such that none of them widens the matrix."""
+    rate, step, scale = scalars
+    return RowScalars(
+        jnp.asarray(rate, dtype), jnp.asarray(step, jnp.int32), jnp.asarray(scale, dtype)
+    )

@@ -33,8 +33,8 @@ def sparse_transpose_matmul(
       ValueError, TypeError: an argument's shape, size or dtype.
     """
     op = "sparse_transpose_matmul"
-    checks.array(op, "values_BK", values_BK, (None, None))
-    checks.array(op, "indices_BK", indices_BK, values_BK.shape, "int32")
+    checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
+    checks.latents(op, n)
     checks.array(op, "a_BD", a_BD, (values_BK.shape[0], None))
     checks.optional(op, "total_LD", total_LD, (n, a_BD.shape[1]))
     return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, a_BD, n, total_LD)

@@ -18,13 +18,13 @@ def sparse_transpose_matmul(
     total_LD: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.sparse_transpose_matmul.api.sparse_transpose_matmul`."""
-    if total_LD is None:
-        dtype = jnp.result_type(values_BK.dtype, a_BD.dtype)
-        total_LD = jnp.zeros((n, a_BD.shape[1]), dtype)
+    dtype = jnp.result_type(values_BK, a_BD) if total_LD is None else total_LD.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    total_LD = jnp.zeros((n, a_BD.shape[1]), wide) if total_LD is None else total_LD.astype(wide)
 
     def add_one(j, total_LD):
         value_B1 = lax.dynamic_slice_in_dim(values_BK, j, 1, axis=1)
         index_B = lax.dynamic_index_in_dim(indices_BK, j, axis=1, keepdims=False)
-        return total_LD.at[index_B].add((value_B1 * a_BD).astype(total_LD.dtype))
+        return total_LD.at[index_B].add(value_B1.astype(wide) * a_BD)
 
-    return lax.fori_loop(0, indices_BK.shape[1], add_one, total_LD)
+    return lax.fori_loop(0, indices_BK.shape[1], add_one, total_LD).astype(dtype)

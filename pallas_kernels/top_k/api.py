@@ -25,6 +25,6 @@ def top_k(
     Raises:
       ValueError, TypeError: the shape, the size or the dtype of x, or k.
     """
-    checks.array("top_k", "x_BL", x_BL, (None,) * max(len(x_BL.shape), 1))
+    checks.array("top_k", "x_BL", x_BL, (None,) * max(getattr(x_BL, "ndim", 1), 1))
     checks.kept("top_k", "k", k, x_BL.shape[-1])
     return dispatch.call("top_k", implementation, AVAILABLE, x_BL, k)

@@ -60,21 +60,32 @@ def _whole_rows(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     values_BK, indices_BK = _lax_top_k(x_BL, k)
     # A sum is NaN where an element is; zeros matter where one may be kept, or just not.
     sum_B = x_BL.sum(-1, dtype=jnp.promote_types(x_BL.dtype, jnp.float32))
-    doubtful = jnp.isnan(sum_B).any() | (values_BK[..., -1] <= 0).any()
+    zeros_matter = (values_BK[..., -1] <= 0).any()
+    negative_zero = lax.cond(
+        zeros_matter,
+        lambda: ((x_BL == 0) & jnp.signbit(x_BL)).any(),
+        lambda: jnp.zeros((), bool),
+    )
     return lax.cond(
-        doubtful,
+        jnp.isnan(sum_B).any() | negative_zero,
         lambda: _lax_top_k(ordered(x_BL), k),
         lambda: (values_BK, indices_BK),
     )
 
 
 def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`.
+
+    Behind a barrier: XLA takes a top-k of which a slice is used for a sort, which is slower by far.
+    """
     on_cpu = dispatch.current_target().platform == "cpu"
     if on_cpu and x.ndim == 2 and len(x) >= _LEAST_ROWS and len(x) % _PIECES == 0:
-        pieces = [lax.top_k(rows, k) for rows in jnp.split(x, _PIECES)]
+        pieces = [
+            lax.optimization_barrier(tuple(lax.top_k(rows, k))) for rows in jnp.split(x, _PIECES)
+        ]
         values, indices = (jnp.concatenate(part) for part in zip(*pieces, strict=True))
     else:
-        values, indices = lax.top_k(x, k)
+        values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
     return values, indices.astype(jnp.int32)
 
 

@@ -33,4 +33,5 @@ def compute(
     checks.array(op, "w_LD", w_LD, (None, x_BD.shape[1]))
     checks.array(op, "b_L", b_L, (w_LD.shape[0],))
     checks.kept(op, "k", k, w_LD.shape[0])
+    checks.entries(op, f"the result of {x_BD.shape[0]} tokens and k = {k}", x_BD.shape[0] * int(k))
     return Encoded(*dispatch.call(op, implementation, AVAILABLE, x_BD, w_LD, b_L, k))

@@ -36,8 +36,9 @@ def weight_grads(
 ) -> WeightGrads:
     """Sums `values * e[token]`, `d_values * x[token]` and `d_values` over each latent's pairs.
 
-    Deterministic: pairs of a latent are added in an order that does not depend on timing. Not
-    differentiable: it is a gradient already. `sparse_transpose_matmul` is one of its sums.
+    The kernels, and XLA on CPU, add the pairs of a latent in an order that does not depend on
+    timing; XLA's scatter-adds on a GPU may not. Not differentiable: it is a gradient already.
+    `sparse_transpose_matmul` is one of its sums.
 
     Args:
       values_BK: `[B, K]` coefficients of the decoder's gradient.
@@ -53,11 +54,10 @@ def weight_grads(
       ValueError, TypeError: an argument's shape, size or dtype.
       NotImplementedError: the named implementation cannot run here.
     """
-    op, (tokens, k) = "weight_grads", indices_BK.shape
-    checks.array(op, "indices_BK", indices_BK, (None, None), "int32")
-    checks.array(op, "values_BK", values_BK, (tokens, k))
-    checks.array(op, "d_values_BK", d_values_BK, (tokens, k))
-    _check(op, tokens, e_BD, x_BD, n, totals)
+    op = "weight_grads"
+    checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
+    checks.array(op, "d_values_BK", d_values_BK, values_BK.shape)
+    _check(op, values_BK.shape[0], e_BD, x_BD, n, totals)
     arrays = (values_BK, d_values_BK, indices_BK, e_BD, x_BD, n)
     return WeightGrads(*dispatch.call(op, implementation, AVAILABLE, *arrays, totals=totals))
 
@@ -79,17 +79,18 @@ def weight_grads_of_pairs(
       d_values_P: `[P]` coefficients of the encoder's gradient; ignored where unused.
       e_BD, x_BD, n, totals, implementation: see `weight_grads`.
     """
-    op, length = "weight_grads.weight_grads_of_pairs", len(pairs.values_P)
+    op = "weight_grads.weight_grads_of_pairs"
     checks.array(op, "pairs.values_P", pairs.values_P, (None,))
     for name in ("tokens_P", "latents_P"):
-        checks.array(op, f"pairs.{name}", getattr(pairs, name), (length,), "int32")
-    checks.array(op, "d_values_P", d_values_P, (length,))
-    _check(op, e_BD.shape[0], e_BD, x_BD, n, totals)
+        checks.array(op, f"pairs.{name}", getattr(pairs, name), pairs.values_P.shape, "int32")
+    checks.array(op, "d_values_P", d_values_P, pairs.values_P.shape)
+    _check(op, None, e_BD, x_BD, n, totals)
     arrays = (pairs, d_values_P, e_BD, x_BD, n)
     return WeightGrads(*dispatch.call(op, implementation, AVAILABLE, *arrays, totals=totals))
 
 
-def _check(op: str, tokens: int, e_BD, x_BD, n: int, totals: WeightGrads | None):
+def _check(op: str, tokens: int | None, e_BD, x_BD, n: int, totals: WeightGrads | None):
+    checks.latents(op, n)
     checks.array(op, "e_BD", e_BD, (tokens, None))
     checks.array(op, "x_BD", x_BD, e_BD.shape)
     if totals is not None:

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.row_update.api import RowScalars, RowSettings, RowUpdated
+from pallas_kernels.row_update.api import (
+    RowScalars,
+    RowSettings,
+    RowUpdated,
+    check_average,
+    in_dtype,
+)
 
 AVAILABLE = ("mosaic_gpu", "xla")
 
@@ -59,16 +65,18 @@ def weight_grads_update(
       ValueError, TypeError: an argument's shape, size or dtype.
       NotImplementedError: the named implementation cannot run here.
     """
-    op, (tokens, k) = "weight_grads_update", indices_BK.shape
-    checks.array(op, "indices_BK", indices_BK, (None, None), "int32")
-    checks.array(op, "values_BK", values_BK, (tokens, k))
-    checks.array(op, "d_values_BK", d_values_BK, (tokens, k))
-    checks.array(op, "e_BD", e_BD, (tokens, None))
+    op = "weight_grads_update"
+    checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
+    checks.array(op, "d_values_BK", d_values_BK, values_BK.shape)
+    checks.array(op, "e_BD", e_BD, (values_BK.shape[0], None))
     checks.array(op, "x_BD", x_BD, e_BD.shape)
-    for name, rows in (("dec", dec), ("enc", enc)):
+    checks.array(op, "dec.w_LD", dec.w_LD, (None, e_BD.shape[1]))
+    for name, rows, settings in (("dec", dec, dec_settings), ("enc", enc, enc_settings)):
         for field in ("w_LD", "mu_LD", "nu_LD"):
             checks.array(op, f"{name}.{field}", getattr(rows, field), dec.w_LD.shape)
+        check_average(op, f"{name}.ema_LD", rows.ema_LD, settings)
         checks.optional(op, f"{name}.ema_LD", rows.ema_LD, dec.w_LD.shape)
+    scalars = in_dtype(scalars, dec.w_LD.dtype)
     pairs = (values_BK, d_values_BK, indices_BK, e_BD, x_BD)
     settled = {
         "dec_settings": dec_settings,

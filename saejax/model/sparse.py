@@ -32,7 +32,6 @@ from pallas_kernels import (
 )
 
 __all__ = [
-    "PRECISION",
     "RowScalars",
     "RowSettings",
     "RowUpdated",

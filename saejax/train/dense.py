@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.model import sparse
-from saejax.train.loss import LossSpec, Selection
+from saejax.train.loss import COUNTER_LIMIT, LossSpec, Selection
 from saejax.types import Params
 
 
@@ -33,7 +33,7 @@ def dense_gradients(
       shards: latent shards, each of which offers its capacity of candidates.
     """
     fired_L = _reconstruct(params, x_BD, spec.main, spec, shards)[1].any(0)
-    since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, 2**30) + len(x_BD))
+    since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, COUNTER_LIMIT) + len(x_BD))
     dead_L = since_L >= spec.dead_tokens
 
     def loss(params):
@@ -80,11 +80,11 @@ def _auxk(params: Params, x_BD, e_BD, dead_L, spec: LossSpec, shards: int):
     mean_D = e_BD.mean(0)
     spread = jnp.square(e_BD - mean_D).sum()
     rounding = jnp.square(4 * jnp.finfo(spread.dtype).eps * mean_D).sum() * len(x_BD)
-    auxk = jnp.square(rest_BD).sum() / spread
-    finite = jnp.isfinite(auxk) & (spread > rounding)
-    any_dead = dead_L.any()
-    skipped = (any_dead & ~finite).astype(jnp.int32)
-    return jnp.where(any_dead & finite, auxk, 0), skipped, cut
+    error, any_dead = jnp.square(rest_BD).sum(), dead_L.any()
+    usable = jnp.isfinite(error / spread) & (spread > rounding)
+    # Divided by 1 where it is left out: the gradient of what `where` drops must be finite too.
+    auxk = jnp.where(any_dead & usable, error, 0) / jnp.where(usable, spread, 1)
+    return auxk, (any_dead & ~usable).astype(jnp.int32), cut
 
 
 def _pre_activations(params: Params, x_BD, spec: LossSpec):

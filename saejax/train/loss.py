@@ -28,6 +28,9 @@ from saejax.model.codes import Code, DenseCode, Error, make_code
 from saejax.model.sparse import WeightGrads
 from saejax.types import Params
 
+COUNTER_LIMIT = 2**30
+"""Tokens since a latent fired are counted up to here."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -56,7 +59,7 @@ class LossConfig:
                 raise ValueError(f"{field} = {value} must be finite and at least 0 (0 = off)")
         if self.k_aux is not None and self.k_aux < 1:
             raise ValueError(f"k_aux = {self.k_aux} must be at least 1, or None for d_model / 2")
-        if not 1 <= self.dead_tokens <= 2**30:
+        if not 1 <= self.dead_tokens <= COUNTER_LIMIT:
             raise ValueError(f"dead_tokens = {self.dead_tokens} must lie in [1, 2**30]")
         if self.multi_topk_factor < 2:
             raise ValueError(f"multi_topk_factor = {self.multi_topk_factor} must be at least 2")
@@ -168,7 +171,10 @@ def select(
         on_BL = kept_BL & ~(h_BL <= 0) if spec.relu else kept_BL
         return DenseCode(jnp.where(on_BL, h_BL, 0), on_BL), jnp.zeros((), jnp.int32)
     offered = min(wanted.capacity, n_latents)
-    values, indices, _ = sparse.topk_encode(centred_BD, w_enc_LD, latent_bias_L, offered)
+    # Where most latents are masked, groups of them say nothing: a kernel would select all again.
+    values, indices, _ = sparse.topk_encode(
+        centred_BD, w_enc_LD, latent_bias_L, offered, implementation="xla"
+    )
     n_eligible = (latent_bias_L != -jnp.inf).sum(dtype=jnp.int32)
     return _keep(values, indices, wanted, n_latents, n_eligible, spec)
 

@@ -19,8 +19,10 @@ class KernelConfig:
 
     Attributes:
       implementation: of the operations that have it, "mosaic_gpu", "mosaic_tpu", "xla" or
-        "reference"; None picks by device, jax version and shape.
-      gradients: "sparse", or "dense": autodiff through dense codes, for debugging small models.
+        "reference", all of which must be able to run it; None picks for each by device, jax
+        version and shape.
+      gradients: "sparse", or "dense": autodiff through dense codes, for debugging small models. A
+        dense step takes the whole batch at once, whatever the microbatch.
     """
 
     implementation: str | None = None

@@ -16,14 +16,19 @@ from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train import optim
 from saejax.train.dense import dense_gradients
-from saejax.train.loss import LossConfig, Reconstruction, add_auxk, add_reconstruction
+from saejax.train.loss import (
+    COUNTER_LIMIT,
+    LossConfig,
+    Reconstruction,
+    add_auxk,
+    add_reconstruction,
+)
 from saejax.train.spec import KernelConfig, StepSpec, step_spec
 from saejax.train.update import apply_by_optax, apply_gradients
 from saejax.types import Params, StepMetrics, TrainState
 
 # Dead latents are gathered into a block of the first capacity that holds them.
 _AUXK_CAPACITY_GROWTH = 8
-_COUNTER_LIMIT = 2**30
 
 
 def auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
@@ -38,6 +43,9 @@ def auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
 def auxk_blocks(own_tokens: int, shards: int, capacity: int, platform: str | None = None) -> int:
     """Blocks that AuxK cuts a microbatch into: their pre-activations are as `topk_encode` bounds.
 
+    Blocks are equal; tokens that split into no such number are cut into fewer, larger ones, rather
+    than into very small ones.
+
     Args:
       own_tokens: of a microbatch and device.
       shards: latent shards, whose tokens each sees.
@@ -46,7 +54,9 @@ def auxk_blocks(own_tokens: int, shards: int, capacity: int, platform: str | Non
     """
     most = max(sparse.block_tokens(capacity, platform=platform) // shards, 1)
     wanted = -(-own_tokens // most)
-    return next(blocks for blocks in range(wanted, own_tokens + 1) if own_tokens % blocks == 0)
+    whole = [blocks for blocks in range(1, own_tokens + 1) if own_tokens % blocks == 0]
+    enough = next(blocks for blocks in whole if blocks >= wanted)
+    return enough if enough <= 4 * wanted else max(b for b in whole if b <= wanted)
 
 
 def _compute_weights(params: Params, dtype: jnp.dtype) -> Params:
@@ -144,7 +154,7 @@ def local_gradients(params: Params, since_L, variance, x_bD, spec: StepSpec):
         of_latents = {name: gradients[name] for name in ("w_enc", "w_dec", "latent_bias")}
         gradients = gradients | collectives.reduce_over_data(of_latents)
     fired_L = collectives.any_over_data(seen.fired.any(0))
-    since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, _COUNTER_LIMIT) + spec.batch_tokens)
+    since_L = jnp.where(fired_L, 0, jnp.minimum(since_L, COUNTER_LIMIT) + spec.batch_tokens)
     dead_L = since_L >= spec.loss.dead_tokens
     gradients, auxk = _auxk(gradients, params, weights, dead_L, x_NbD, seen.residual, spec)
 

@@ -254,6 +254,25 @@ BAD = {
         lambda: pk.decode_loss(spec(2, 3), spec(2, 3, dtype="int32"), spec(8), spec(2, 4)),
         r"decode_loss: w_LD has shape \[8\]",
     ),
+    "code rank": (
+        lambda: pk.decode_loss(spec(2), spec(2, dtype="int32"), spec(8, 4), spec(2, 4)),
+        r"decode_loss: values_BK has shape \[2\], but must have \[\*, \*\]",
+    ),
+    "nothing kept": (
+        lambda: pk.decode_loss(spec(2, 0), spec(2, 0, dtype="int32"), spec(8, 4), spec(2, 4)),
+        r"decode_loss: values_BK has shape \[2, 0\], but must keep at least one per row",
+    ),
+    "no array": (lambda: pk.top_k([[1.0, 2.0]], 1), r"top_k: x_BL is a list, but must be an array"),
+    "negative n": (
+        lambda: pk.weight_grads(
+            spec(2, 3), spec(2, 3), spec(2, 3, dtype="int32"), spec(2, 4), spec(2, 4), -4
+        ),
+        r"weight_grads: n = -4 must be a whole number of at least 1",
+    ),
+    "kept pairs": (
+        lambda: pk.topk_encode(spec(2**22, 4), spec(512, 4), spec(512), 512),
+        r"topk_encode: the result of 4194304 tokens and k = 512 has 2147483648 entries",
+    ),
     "index dtype": (
         lambda: pk.decode_loss(spec(2, 3), spec(2, 3), spec(8, 4), spec(2, 4)),
         r"decode_loss: indices_BK has dtype float32, but must be one of int32",
@@ -273,7 +292,7 @@ BAD = {
             spec(2**26, 32), spec(2**26, 32), spec(2**26, 32, dtype="int32"), spec(2**26, 4),
             spec(2**26, 4), 8,
         ),
-        r"weight_grads: indices_BK of shape \[67108864, 32\] has 2147483648 entries",
+        r"weight_grads: values_BK of shape \[67108864, 32\] has 2147483648 entries",
     ),
     "totals": (
         lambda: pk.weight_grads(
@@ -301,6 +320,26 @@ def test_bad_arguments_are_named(name):
         call()
 
 
+def test_bfloat16_products_are_summed_in_float32():
+    """As many ones as bfloat16 cannot count to."""
+    ones = jnp.ones((600, 1), jnp.bfloat16)
+    first = jnp.zeros((600, 1), jnp.int32)
+    for implementation in IMPLEMENTATIONS:
+        total = pk.sparse_transpose_matmul(ones, first, ones, 1, implementation=implementation)
+        assert float(total[0, 0]) == 600
+        row = pk.dense_sparse_matmul(ones.T, first.T, ones[:1], implementation)
+        assert float(row[0, 0]) == 600
+
+
+def test_scalars_do_not_widen_a_matrix():
+    settings_ = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
+    with jax.enable_x64(True):
+        w = jnp.ones((2, 3), jnp.float32)
+        scalars = pk.RowScalars(jnp.float64(0.1), jnp.int64(1), jnp.float64(1))
+        done = pk.row_update(w, w, w, w, None, scalars, settings=settings_)
+    assert {array.dtype for array in jax.tree.leaves(done)} == {jnp.dtype("float32")}
+
+
 def test_what_is_picked_is_explained():
     arguments = (spec(8, 128), spec(512, 128), spec(512), 4)
     said = pk.explain(pk.topk_encode, *arguments)
@@ -311,6 +350,14 @@ def test_what_is_picked_is_explained():
         pk.topk_encode(*arguments, "mosaic_tpu")
     with pk.preferring("reference"):
         assert pk.explain(pk.topk_encode, *arguments).startswith("topk_encode: reference")
+
+
+def test_a_function_compiled_before_is_not_explained():
+    encode = jax.jit(lambda *arrays: pk.topk_encode(*arrays, 4))
+    arrays = (spec(8, 128), spec(512, 128), spec(512))
+    assert pk.explain(encode, *arrays).startswith("topk_encode: xla")
+    with pytest.raises(ValueError, match="traced no operation; give the function"):
+        pk.explain(encode, *arrays)
 
 
 def test_reruns_are_bit_identical():

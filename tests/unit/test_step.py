@@ -16,7 +16,7 @@ from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.spec import KernelConfig, bytes_over_data, loss_spec
 from saejax.train.state import abstract_state, create
-from saejax.train.step import auxk_capacities, jit_step, make_step
+from saejax.train.step import auxk_blocks, auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16
 SAE = SAEConfig(d_model=D, n_latents=L, k=K)
@@ -376,3 +376,26 @@ def test_a_kernel_that_cannot_run_here_is_refused():
     state = abstract_state(SAE, OPTIMIZER, 10)
     with pytest.raises(NotImplementedError, match="the target is cpu"):
         jax.eval_shape(step, state, jax.ShapeDtypeStruct((B, D), jnp.float32))
+
+
+def test_the_dense_step_survives_a_residual_without_spread():
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape())
+    sizes = {"batch_tokens": B, "chunks": 1, "steps": 10}
+    parts = (SAE, LOSS, OPTIMIZER, TopKConfig(), Normalizer(kind="none"), mesh)
+    norms = []
+    for gradients in ("sparse", "dense"):
+        step = make_step(*parts, **sizes, kernels=KernelConfig(gradients=gradients))
+        state = silenced(create(0, SAE, OPTIMIZER, 10, batch(99), mesh))
+        _, metrics = jax.jit(step)(state, jnp.full((B, D), 0.5))
+        assert metrics.auxk_skipped == 1 and metrics.auxk == 0
+        norms.append(float(metrics.grad_norm))
+    assert norms[0] > 0
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tokens, latents, blocks",
+    [(2048, 4096, 1), (2048, 131_072, 32), (2039, 131_072, 1), (30, 1, 1)],
+)
+def test_auxk_blocks_bound_its_pre_activations(tokens, latents, blocks):
+    assert auxk_blocks(tokens, 1, latents, platform="cpu") == blocks
