@@ -73,6 +73,11 @@ def _whole_rows(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def _behind_barriers(arrays):
+    """One for each: XLA on CPU aborts where a barrier takes the whole result of a top-k."""
+    return [lax.optimization_barrier(array) for array in arrays]
+
+
 def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k`.
 
@@ -80,12 +85,10 @@ def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     on_cpu = dispatch.current_target().platform == "cpu"
     if on_cpu and x.ndim == 2 and len(x) >= _LEAST_ROWS and len(x) % _PIECES == 0:
-        pieces = [
-            lax.optimization_barrier(tuple(lax.top_k(rows, k))) for rows in jnp.split(x, _PIECES)
-        ]
+        pieces = [_behind_barriers(lax.top_k(rows, k)) for rows in jnp.split(x, _PIECES)]
         values, indices = (jnp.concatenate(part) for part in zip(*pieces, strict=True))
     else:
-        values, indices = lax.optimization_barrier(tuple(lax.top_k(x, k)))
+        values, indices = _behind_barriers(lax.top_k(x, k))
     return values, indices.astype(jnp.int32)
 
 

@@ -11,11 +11,17 @@ from saejax.plan.workload import Workload
 # Share of the peak rate that large products are taken to reach.
 PRODUCT_EFFICIENCY = 0.6
 
-# Bytes per parameter that the update moves, counted in the programs that XLA makes of it: 38 for
-# the encoder and 70 for the decoder with its projection and norms, of which the EMA has 8; and
-# filling and writing the gradient's sum.
-_UPDATE_BYTES = (38 + 70) / 2 - 8 + 8
+# Bytes per parameter that the update moves, without the EMA, and filling and writing the gradient's
+# sum. Of the programs that XLA makes of it: 28 for the encoder and 64 for the decoder with its
+# projection and norms. The kernels for TPUs read and write everything once.
+_UPDATE_BYTES = {"tpu": 28 + 8}
+_UPDATE_BYTES_ELSEWHERE = (28 + 64) / 2 + 8
 _EMA_BYTES = 8
+
+# Bytes per pre-activation that selection moves: what the encoder writes is read twice. The kernels
+# for TPUs leave sketches, of 16 bytes for 64 latents or more, and sort them.
+_SELECTION_BYTES = {"tpu": 1}
+_SELECTION_BYTES_ELSEWHERE = 3 * 4
 
 
 class _Held(NamedTuple):
@@ -23,8 +29,8 @@ class _Held(NamedTuple):
 
     Attributes:
       auxk: of a float32 array of the AuxK block, most of them gradients.
-      pre_activations: of those of a microbatch.
-      dense: more of those, where AuxK keeps so many that its code is dense.
+      pre_activations: of those of as many tokens as are selected from at once.
+      dense: of AuxK's, of as many tokens as it takes at once, where its code is dense.
       tokens: of a float32 array of the tokens of a microbatch.
     """
 
@@ -34,7 +40,7 @@ class _Held(NamedTuple):
     tokens: int
 
 
-_HELD = {"tpu": _Held(4, 4, 0, 3), "gpu": _Held(2, 1, 2, 10), "cpu": _Held(2, 1, 2, 4)}
+_HELD = {"tpu": _Held(4, 1, 4, 1), "gpu": _Held(2, 2, 0, 10), "cpu": _Held(2, 2, 3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +69,15 @@ class Estimate:
         summed = work.shape.data > 1 and work.topology.chip.kind == "tpu"
         copies = held.auxk + summed
         parts["AuxK"] = copies * f32 * dead * work.width
-        dense = held.dense if work.is_dense(dead, work.spec.loss.aux.k) else 0
-        pre_activations = (held.pre_activations + dense) * f32 * work.block * work.latents
-        parts["pre-activations of a microbatch"] = pre_activations
+        selected = held.pre_activations * work.encoded_tokens(work.latents) * work.latents
+        if work.is_dense(dead, work.spec.loss.aux.k):
+            selected += held.dense * work.encoded_tokens(dead) * dead
+        parts["pre-activations of a block"] = f32 * selected
         parts["tokens of a microbatch"] = reconstructions * f32 * work.block * work.width
         if work.spec.loss.gather_codes:
             size = 2 * work.shape.data * narrow * work.block * work.width
             parts["codes of all data rows"] = size
-        parts["own tokens and residuals"] = 2 * f32 * work.own_rows * work.width
+        parts["own tokens and residuals"] = (f32 + narrow) * work.own_rows * work.width
         return {name: size for name, size in parts.items() if size}
 
     @property
@@ -103,8 +110,9 @@ class Estimate:
     def traffic(self) -> dict[str, float]:
         """Bytes to and from the device's memory, by part."""
         work = self.work
-        loss, narrow = work.spec.loss, work.itemsize
+        loss, narrow, kind = work.spec.loss, work.itemsize, work.topology.chip.kind
         dead, _ = work.auxk_blocks
+        update = _UPDATE_BYTES.get(kind, _UPDATE_BYTES_ELSEWHERE)
         ema = _EMA_BYTES if work.recipe.optimizer.ema_decay is not None else 0
         pairs = work.pairs(loss.main.k) + (work.pairs(loss.multi.k) if loss.multi else 0)
         outer = pairs * work.outer_rows
@@ -114,11 +122,15 @@ class Estimate:
         # Decoding and the values' gradients gather three rows and add to one; each of the two outer
         # products gathers one and adds to one. Adding reads and writes.
         sparse = work.width * (pairs * (3 * narrow + 8) + 2 * outer * (narrow + 8))
+        selection = _SELECTION_BYTES.get(kind, _SELECTION_BYTES_ELSEWHERE)
+        of_dead = _SELECTION_BYTES_ELSEWHERE if work.is_dense(dead, loss.aux.k) else selection
+        # Each block of tokens reads every row of the encoder.
+        read = sum(n / work.encoded_tokens(n) for n in (work.latents, dead) if n)
         return {
-            "optimizer": (_UPDATE_BYTES + ema) * 2 * work.matrix,
-            "pre-activations": 3 * 4 * work.rows * (work.latents + dead),
+            "optimizer": (update + ema) * 2 * work.matrix,
+            "pre-activations": work.rows * (selection * work.latents + of_dead * dead),
             "sparse rows": sparse,
-            "weights": work.spec.chunks * narrow * (work.matrix + dead * work.width),
+            "weights": narrow * work.rows * work.width * read,
             "tokens": 8 * 4 * work.rows * work.width,
         }
 

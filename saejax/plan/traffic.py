@@ -28,6 +28,7 @@ SCOPES = (
 """Names that `collectives.py` and the step trace their collectives under, alone or two together."""
 
 _BOTH = f"{DATA}, {LATENT}"
+_TPU_TILE_ROWS = 8
 
 
 def expected_collectives(work: Workload, *, largest_auxk: bool = False) -> list[Collective]:
@@ -79,10 +80,12 @@ def _of_microbatch(
     offered = min(wanted.capacity, latents)
     wide, narrow = block * work.width * 4, block * work.width * work.itemsize
     # Over the whole of a 3-d torus the TPU compiler sums where it could scatter, and where the
-    # sides are closed to rings, also where it could gather.
+    # sides are closed to rings, also where it could gather. It sums, too, where each would be
+    # scattered less than a tile.
     topology = work.topology
     whole = topology.chip.torus == 3 and shards == topology.devices
-    scatter = "all-reduce" if whole else "reduce-scatter"
+    partial = topology.chip.kind == "tpu" and block // cuts // shards < _TPU_TILE_ROWS
+    scatter = "all-reduce" if whole or partial else "reduce-scatter"
     gather = "all-reduce" if whole and topology.closed else "all-gather"
     rows = [("tokens", gather, narrow)] if tokens else []
     if shards * offered > wanted.k:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.mesh import LATENT, MeshShape, tree_specs
+from saejax.model import sparse
 from saejax.model.normalizer import Normalizer
 from saejax.plan.hardware import Topology
 from saejax.recipe import Recipe
@@ -80,6 +81,11 @@ class Workload:
     def block(self) -> int:
         """Tokens of its data row in one microbatch."""
         return self.rows // self.spec.chunks
+
+    def encoded_tokens(self, latents: int) -> int:
+        """Tokens that are encoded at once, by so many latents: of a microbatch, or part of it."""
+        tokens = sparse.block_tokens(latents, platform=self.topology.chip.kind)
+        return min(self.block, tokens)
 
     @property
     def itemsize(self) -> int:

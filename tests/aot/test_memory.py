@@ -38,30 +38,21 @@ def estimate(topology, shape, latents, width, k, block, batch=2**17, ema=True, a
 @pytest.mark.parametrize(
     ("topology", "shape", "sizes", "compiled"),
     [
-        ("v5p:8x8x8", (1, 512), LARGE, 27.287),
-        ("v5p:8x8x8", (1, 512), LARGE | {"ema": False, "block": 4096}, 21.913),
-        ("v5p:8x8x8", (2, 256), LARGE, 57.415),
-        ("v5p:8x8x8", (4, 128), LARGE, 114.418),
-        ("v6e:16x16", (1, 256), LARGE | {"width": 4096}, 24.105),
-        ("v5e:2x2", (4, 1), GPT2 | {"block": 4096}, 13.730),
+        ("v5p:8x8x8", (1, 512), LARGE, 23.121),
+        ("v5e:2x2", (4, 1), GPT2 | {"block": 4096}, 7.714),
         (
             "v5p:2x2x2",
             (1, 8),
             {"latents": 2**18, "width": 1024, "k": 64, "block": 4096, "batch": 2**16},
-            4.247,
+            2.116,
         ),
-        # The model was not fitted to these two.
-        ("v5p:4x4x4", (1, 64), LARGE | {"latents": 2**21}, 27.49),
-        (
-            "v6e:4x4",
-            (2, 8),
-            {"latents": 2**20, "width": 2048, "k": 64, "block": 4096, "batch": 2**16},
-            25.14,
-        ),
-        ("gpu:H100x512", (1, 512), LARGE, 24.031),
-        ("gpu:H100x512", (2, 256), LARGE, 45.032),
-        ("gpu:H100x8", (2, 4), GPT2 | {"block": 16_384}, 3.954),
-        ("gpu:H100x1", (1, 1), GPT2 | {"latents": 2**15, "block": 16_384}, 9.118),
+        ("gpu:H100x512", (1, 512), LARGE, 24.025),
+        ("gpu:H100x8", (2, 4), GPT2 | {"block": 16_384}, 2.310),
+        ("gpu:H100x1", (1, 1), GPT2 | {"latents": 2**15, "block": 16_384}, 3.001),
+        # The model was not fitted to these.
+        ("v5p:8x8x8", (2, 256), LARGE, 51.059),
+        ("v5p:4x4x4", (1, 64), LARGE | {"latents": 2**21}, 23.386),
+        ("gpu:H100x512", (2, 256), LARGE, 45.026),
     ],
 )
 def test_the_estimate_is_near_what_was_compiled(topology, shape, sizes, compiled):

@@ -75,7 +75,7 @@ def test_what_a_step_holds():
     assert found["weights in the compute dtype"] == 2 * 2 * 200 * 10
     assert "AuxK" not in found
     whole = memory((2, 5))
-    ratio = whole["pre-activations of a microbatch"] / found["pre-activations of a microbatch"]
+    ratio = whole["pre-activations of a block"] / found["pre-activations of a block"]
     assert ratio == 160 / 40
     # No copy of the weights where they are multiplied as they are.
     cpu = memory((2, 5), "cpu:10")
@@ -103,7 +103,9 @@ def test_flops():
     assert dead["AuxK"] == 5 * 2 * 10 * 320 * 64  # 50 dead: a block of 64, small enough for dense
     rare = {"d_model": 10, "n_latents": 10**6, "k": 4}
     many = work(sae=rare, loss={"auxk_coefficient": 1 / 32, "k_aux": 8}).flops()
-    assert many["AuxK"] == 2 * 10 * 320 * 262_144 + 4 * 2 * 10 * 320 * 8  # pairs are
+    assert many["AuxK"] == 5 * 2 * 10 * 320 * 262_144  # as it is on one shard, however many
+    split = work((1, 2), sae=rare, loss={"auxk_coefficient": 1 / 32, "k_aux": 8}).flops()
+    assert split["AuxK"] == 2 * 10 * 320 * 32_768 + 4 * 2 * 10 * 320 * 4  # pairs, half of them here
 
 
 def table(*args, **kwargs) -> dict[str, tuple]:
@@ -129,10 +131,16 @@ def test_collectives_over_latents():
         "kept counts": ("all-to-all", "latent", 2, 2 * 160 * 4),
         "reconstruction": ("reduce-scatter", "latent", 2, 2 * 160 * 10 * 4),
         "residual": ("all-gather", "latent", 2, 2 * 160 * 10 * 2),
-        "sums": ("all-reduce", "latent", 3, 10 * 4 + 24),
+        "sums": ("all-reduce", "latent", 3, 10 * 4 + 28),
     }
     gathered = table((1, 4), topk={"exchange": "all_gather"})["candidates"]
     assert gathered == ("all-gather", "latent", 1, 320 * 4 * offered * 4)
+
+
+def test_a_tpu_scatters_whole_tiles_alone():
+    for tokens, kind in ((160, "reduce-scatter"), (16, "all-reduce")):  # 40 and 4 to each device
+        found = table((1, 4), "v5e:2x2", train={"microbatch_size": tokens})
+        assert found["reconstruction"][0] == kind
 
 
 def test_collectives_over_data():

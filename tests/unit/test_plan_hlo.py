@@ -80,6 +80,18 @@ def test_the_branch_that_moves_most_counts():
     assert read(step, (16, 8)) == {"one": ("all-reduce", "latent", 1, 128)}
 
 
+def test_of_branches_that_move_as_much_the_one_that_calls_most_counts():
+    def step(x):
+        def halves(x):
+            return lax.map(lambda half: lax.psum(half, "latent"), x)
+
+        branches = [lambda x: lax.psum(x, "latent"), halves]
+        with jax.named_scope("one"):
+            return lax.switch(jnp.int32(x.sum() > 0), branches, x)
+
+    assert read(step, (16, 8)) == {"one": ("all-reduce", "latent", 2, 64)}
+
+
 def test_what_no_scope_claims_is_unnamed():
     assert list(read(lambda x: lax.psum(x, "data"), (16, 16))) == [UNNAMED]
 
