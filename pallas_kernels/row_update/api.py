@@ -121,7 +121,9 @@ def check_average(op: str, name: str, ema_LD: jax.Array | None, settings: RowSet
 
 def in_dtype(scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
     """The scalars such that none of them widens the matrix."""
-    rate, step, scale = scalars
-    return RowScalars(
-        jnp.asarray(rate, dtype), jnp.asarray(step, jnp.int32), jnp.asarray(scale, dtype)
-    )
+
+    def narrow(scalar):
+        wider = scalar.dtype == jnp.float64 and dtype != jnp.float64
+        return scalar.astype(jnp.float32) if wider else scalar
+
+    return RowScalars(*(narrow(scalar) for scalar in scalars))
