@@ -59,6 +59,16 @@ def test_another_configuration_is_refused_once_anything_was_made(tmp_path, made)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
+def test_how_it_is_computed_may_change(tmp_path):
+    claim(tmp_path)  # by a version without such a part
+    (tmp_path / "checkpoints").mkdir()
+    for implementation in (None, "xla"):
+        kernels = {"class": "Kernels", "implementation": implementation}
+        claim(tmp_path, CONFIG | {"kernels": kernels})
+    with pytest.raises(ValueError, match="another configuration"):
+        claim(tmp_path, OTHER | {"kernels": kernels})
+
+
 def test_a_start_that_made_nothing_can_be_corrected(tmp_path):
     claim(tmp_path)
     claim(tmp_path, OTHER)
