@@ -1,16 +1,33 @@
 """Weight gradients as scatter-adds of whole rows: k of them, or over blocks of a list of pairs."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.pair_list import xla as pair_list
-from pallas_kernels.sparse_transpose_matmul import xla as transpose
+
+# XLA on CPU runs a loop's body on one core if it is short; this many rounds of it are not.
+_UNROLL = 8
 
 
 def weight_grads(values_BK, d_values_BK, indices_BK, e_BD, x_BD, n: int, *, totals=None):
     """See `pallas_kernels.weight_grads.api.weight_grads`."""
     w_dec_LD, w_enc_LD, bias_L = totals or _zeros((values_BK, d_values_BK), e_BD, x_BD, n)
-    w_dec_LD = transpose.sparse_transpose_matmul(values_BK, indices_BK, e_BD, n, w_dec_LD)
-    w_enc_LD = transpose.sparse_transpose_matmul(d_values_BK, indices_BK, x_BD, n, w_enc_LD)
+    k = indices_BK.shape[1]
+
+    def add_one(j, matrices):
+        index_B = lax.dynamic_index_in_dim(indices_BK, j, axis=1, keepdims=False)
+
+        def added(total_LD, coefficients_BK, rows_BD):
+            one_B1 = lax.dynamic_slice_in_dim(coefficients_BK, j, 1, axis=1)
+            return total_LD.at[index_B].add(one_B1.astype(total_LD.dtype) * rows_BD)
+
+        w_dec_LD, w_enc_LD = matrices
+        return added(w_dec_LD, values_BK, e_BD), added(w_enc_LD, d_values_BK, x_BD)
+
+    # Both at once, because a scatter-add takes one core and two there are.
+    w_dec_LD, w_enc_LD = lax.fori_loop(
+        0, k, add_one, (w_dec_LD, w_enc_LD), unroll=min(_UNROLL, max(k, 1))
+    )
     bias_L = bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1).astype(bias_L.dtype))
     return w_dec_LD, w_enc_LD, bias_L
 
