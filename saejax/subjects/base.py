@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from saejax.data.bpe import Tokenizer
-from saejax.subjects import gpt2
-from saejax.subjects.gpt2 import GPT2Config, Params, Tap, identity_tap
+from saejax.subjects import decoder, sites, taps, weights
+from saejax.subjects.decoder import Config, Params
+from saejax.subjects.families.gpt2 import GPT2Config
+from saejax.subjects.taps import Edit, Stop, Tap, identity_tap
 
-__all__ = ["Stop", "Subject", "Tap", "identity_tap", "make_subject"]
-
-
-class Stop(Exception):
-    """Raised by a tap to end the forward pass: later layers are then never traced."""
+__all__ = ["Edit", "Stop", "Subject", "Tap", "fingerprint", "identity_tap", "make_subject"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,19 +28,22 @@ class Subject:
     Attributes:
       name: how it was asked for.
       family: architecture, as `model_type` in config.json.
-      config: shape of the model.
-      params: float32 parameter tree; pass it as an argument of what you jit (as a closure it
-        becomes a constant and compilation takes several times longer).
-      tokenizer: its tokenizer.
-      fingerprint: first 16 hex digits of the sha256 of config and weights.
+      config: the model's shape, a family's own or `decoder.Config`; has a field `decoder`.
+      params: parameter tree; pass it as an argument of what you jit (as a closure it becomes a
+        constant and compilation takes several times longer).
+      tokenizer: its tokenizer, or None if it was loaded without one.
+      fingerprint: first 16 hex digits of the sha256 of config and weights, as loaded.
+      revision: commit of the hub's repository it came from, or ''.
     """
 
     name: str
     family: str
-    config: GPT2Config
+    config: GPT2Config | Config
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Any
     fingerprint: str
+    revision: str = ""
+    _programs: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def d_model(self) -> int:
@@ -60,24 +60,26 @@ class Subject:
         """Longest context in tokens."""
         return self.config.n_positions
 
-    def sites(self) -> list[str]:
-        """All sites in the order of the forward pass."""
-        return list(gpt2.site_widths(self.config))
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows, often more than its tokenizer has."""
+        return self.config.vocab_size
 
-    def check_site(self, site: str) -> None:
-        """Refuses a site that does not exist.
+    def sites(self) -> list[str]:
+        """All sites in the order of the forward pass, without those of single heads."""
+        return list(sites.site_widths(self.config.decoder))
+
+    def resolve_site(self, site: str) -> str:
+        """The canonical name of a site, of one head's part of it, or of an alias; see `sites`.
 
         Raises:
-          ValueError: lists the existing sites, nearest first.
+          ValueError: no such layer, head or site; lists what exists, nearest first.
         """
-        sites = self.sites()
-        if site not in sites:
-            near = difflib.get_close_matches(site, sites, n=3, cutoff=0.0)
-            rest = [s for s in sites if s not in near]
-            raise ValueError(
-                f"site = {site!r} does not exist in subject {self.name!r}; nearest: "
-                f"{', '.join(near)}; others: {', '.join(rest)}"
-            )
+        return sites.resolve(self.config.decoder, site, self.name)
+
+    def check_site(self, site: str) -> None:
+        """Refuses a site that does not exist; see `resolve_site`."""
+        self.resolve_site(site)
 
     def width(self, site: str) -> int:
         """Width of the vectors at a site.
@@ -85,8 +87,7 @@ class Subject:
         Raises:
           ValueError: no such site.
         """
-        self.check_site(site)
-        return gpt2.site_widths(self.config)[site]
+        return sites.width(self.config.decoder, self.resolve_site(site))
 
     def apply(
         self,
@@ -94,9 +95,24 @@ class Subject:
         tokens_BT: jax.Array,
         tap: Tap = identity_tap,
         dtype: Any = jnp.float32,
+        *,
+        edits: Mapping[str, Edit] | None = None,
     ) -> jax.Array:
-        """Next-token logits, float32 [B, T, V]; see `gpt2.apply`."""
-        return gpt2.apply(params, self.config, tokens_BT, tap, dtype)
+        """Next-token logits [B, T, V]; see `decoder.apply`.
+
+        Args:
+          params: the parameters, `self.params` or like them.
+          tokens_BT: integer ids; padding, if any, on the right.
+          tap: sees and may replace what flows at every canonical site, after the edits.
+          dtype: type of the matrix products.
+          edits: site, in any of its names, to a pure function of the activations there.
+
+        Raises:
+          ValueError: no such site; an edit that returns another shape; a context too long.
+        """
+        if edits:
+            tap = taps.compose(self._editing(edits), tap)
+        return decoder.apply(params, self.config.decoder, tokens_BT, tap, dtype)
 
     def capture(
         self,
@@ -104,30 +120,76 @@ class Subject:
         tokens_BT: jax.Array,
         sites: Sequence[str],
         dtype: Any = jnp.float32,
+        *,
+        edits: Mapping[str, Edit] | None = None,
     ) -> dict[str, jax.Array]:
-        """Activations at sites: site to [B, T, width]. Stops after the last site needed.
+        """Activations at sites: site, as asked for, to [B, T, width].
+
+        Any number of sites in one forward pass, which stops after the last one needed. What is
+        captured at an edited site is what flows on, after the edit.
 
         Raises:
           ValueError: no site given, or one that does not exist.
         """
         if not sites:
             raise ValueError("sites is empty: name at least one site to capture")
-        for site in sites:
-            self.check_site(site)
+        names = {site: self.resolve_site(site) for site in sites}
         captured: dict[str, jax.Array] = {}
-
-        def tap(site: str, x: jax.Array) -> jax.Array:
-            if site in sites:
-                captured[site] = x
-                if len(captured) == len(set(sites)):
-                    raise Stop
-            return x
-
+        tap = taps.capturing(names.values(), self.config.decoder.d_head, captured)
         try:
-            self.apply(params, tokens_BT, tap, dtype)
+            self.apply(params, tokens_BT, tap, dtype, edits=edits)
         except Stop:
-            return {site: captured[site] for site in sites}
+            return {site: captured[name] for site, name in names.items()}
         raise AssertionError("every existing site is reached")
+
+    def logits_and_capture(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        sites: Sequence[str],
+        dtype: Any = jnp.float32,
+        *,
+        edits: Mapping[str, Edit] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits of the whole pass, and what `capture` returns, from one forward pass."""
+        names = {site: self.resolve_site(site) for site in sites}
+        captured: dict[str, jax.Array] = {}
+        head = self.config.decoder.d_head
+        tap = taps.capturing(names.values(), head, captured, stop=False)
+        logits = self.apply(params, tokens_BT, tap, dtype, edits=edits)
+        return logits, {site: captured[name] for site, name in names.items()}
+
+    def capture_host(
+        self,
+        batch: np.ndarray,
+        sites: Sequence[str],
+        length: np.ndarray | None = None,
+        *,
+        dtype: Any = jnp.float32,
+    ) -> dict[str, np.ndarray]:
+        """Activations as numpy arrays, site to [B, T, width]; compiled once for each shape.
+
+        Args:
+          batch: token ids [B, T], padded on the right.
+          sites: to capture.
+          length: real tokens of each row. No token sees a later one here, so it is not needed.
+          dtype: type of the pass and of what is returned.
+        """
+        del length
+        self.check_tokens(batch)
+        key = (tuple(sites), jnp.dtype(dtype).name)
+        if key not in self._programs:
+            self._programs[key] = jax.jit(
+                lambda params, tokens: self.capture(params, tokens, sites, dtype)
+            )
+        if "params" not in self._programs:
+            self._programs["params"] = jax.device_put(self.params)
+        found = self._programs[key](self._programs["params"], jnp.asarray(batch))
+        return {site: np.asarray(found[site]) for site in sites}
+
+    def place(self, mesh: Mesh) -> Subject:
+        """The same subject with its parameters split over a mesh."""
+        return dataclasses.replace(self, params=weights.place(self.params, mesh))
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Refuses token ids outside the vocabulary, which indexing would clamp silently.
@@ -143,33 +205,80 @@ class Subject:
                 f"(0 .. {self.config.vocab_size - 1}); use the subject's own tokenizer"
             )
 
+    def _editing(self, edits: Mapping[str, Edit]) -> Tap:
+        names: dict[str, str] = {}
+        for site in edits:
+            name = self.resolve_site(site)
+            if name in names:
+                raise ValueError(
+                    f"edits: {names[name]!r} and {site!r} are the same site, {name}; give one"
+                )
+            names[name] = site
+        by_name = {name: edits[site] for name, site in names.items()}
+        return taps.editing(by_name, self.config.decoder.d_head)
 
-def make_subject(name: str, config: GPT2Config, params: Params, tokenizer: Tokenizer) -> Subject:
+
+def make_subject(
+    name: str,
+    config: GPT2Config | Config,
+    params: Params,
+    tokenizer: Any,
+    *,
+    family: str = "gpt2",
+    revision: str = "",
+) -> Subject:
     """Builds a Subject, computing its fingerprint.
 
     Raises:
       ValueError: the tokenizer has ids that the embedding lacks.
     """
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"subject {name!r}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
             f"vocab_size is {config.vocab_size}; take the tokenizer that belongs to the model"
         )
     return Subject(
         name=name,
-        family="gpt2",
+        family=family,
         config=config,
         params=params,
         tokenizer=tokenizer,
         fingerprint=fingerprint(config, params),
+        revision=revision,
     )
 
 
-def fingerprint(config: GPT2Config, params: Params) -> str:
-    """First 16 hex digits of the sha256 of a configuration and its float32 weights."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+def fingerprint(config: GPT2Config | Config, params: Params) -> str:
+    """First 16 hex digits of the sha256 of a configuration and its weights.
+
+    One parameter at a time is brought to the host; how they are sharded makes no difference, their
+    type does.
+    """
+    digest = hashlib.sha256(json.dumps(_described(config), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.ascontiguousarray(leaf, dtype="<f4")
-        digest.update(f"{jax.tree_util.keystr(path)}{value.shape}".encode())
-        digest.update(value)
+        dtype = np.dtype(leaf.dtype)
+        kind = "" if dtype == np.float32 else dtype.name
+        digest.update(f"{jax.tree_util.keystr(path)}{tuple(leaf.shape)}{kind}".encode())
+        digest.update(np.ascontiguousarray(_gathered(leaf)).view(np.uint8))
     return digest.hexdigest()[:16]
+
+
+def _described(config: GPT2Config | Config) -> dict[str, Any]:
+    """A configuration as JSON; an option added to the decoder later changes no old fingerprint."""
+    values = dataclasses.asdict(config)
+    if isinstance(config, GPT2Config):
+        return values
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _gathered(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    # An array keeps the host copy it once made: let a stand-in of the same buffers keep it.
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))

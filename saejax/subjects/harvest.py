@@ -1,36 +1,35 @@
-"""Text to stored activations: runs a subject with a tap at one site and fills two stores.
+"""Text to stored activations: runs a subject with taps at some sites and fills stores.
 
 The contexts of a split are permuted once, then cut into shards; a shard is a pure function of the
 store's spec and its index. A harvest that was killed, or that runs in several processes at once,
-therefore only has to produce the shards that have no commit record yet.
+therefore only has to produce the shards that have no commit record yet. One forward pass feeds the
+stores of all sites.
 """
 
-import concurrent.futures
 import dataclasses
 import errno
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.data.corpus import TextConfig, read_documents
-from saejax.data.layout import CONTEXT_STREAM, permutation
+from saejax.data.contexts import load_contexts
+from saejax.data.corpus import TextConfig
 from saejax.data.loader import check_batch_size
 from saejax.data.shards import Store, StoreSpec, open_store
-from saejax.data.tokens import Contexts, pack
+from saejax.data.token_arrays import TokensConfig
+from saejax.data.tokens import Contexts
 from saejax.subjects.base import Subject
+from saejax.subjects.filling import FIRST_POSITION, Filling, Forward, make_forward
 from saejax.subjects.hf import load_subject
 
 SPLITS = ("train", "held_out")
-FIRST_POSITION = 1  # the first position's norm is unlike all others, so it is never stored
 MAX_DROPPED = 0.05
-_LOG_SECONDS = 5.0
+
+Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,30 +39,42 @@ class HarvestConfig:
     Attributes:
       subject: 'embedded', a folder in the Hugging Face layout, or a hub id.
       site: where the subject is tapped; `Subject.sites()` lists the names.
-      context_length: tokens a context, T; each gives T - 1 activations.
-      tokens: activations to store for training; None stores all of the text.
+      sites: further sites to store from the same forward passes. With any of them the stores of
+        each site, `site` too, are in a folder of its name.
+      context_length: tokens a context, T; each gives T - 1 activations but for masked ones (BOS,
+        special tokens, padding).
+      max_norm_ratio: activations whose norm is above this multiple of the median norm of their
+        shard are left out, because a few positions of some models are hundreds of times larger
+        than the rest; None keeps them.
+      tokens: activations to store for training, before masked ones come off; None stores all of
+        the text.
       held_out_tokens: the same for the held-out split.
       contexts_per_shard: at most so many contexts a shard (a power of two is used: the largest
         that leaves out no more than 5 % of the contexts). A chunk has as many rows, and a batch
         must be a multiple or a divisor of it.
-      batch_contexts: contexts a forward pass.
+      batch_contexts: contexts a forward pass, on each device of a process (or each group of
+        `subject_shards`).
+      subject_shards: devices that share one copy of the subject's weights.
       max_bytes: refuse to store more than this; None asks only for free space.
       dtype: precision of the forward pass; what is stored is always bfloat16.
       seed: seed of the permutation of contexts and of the rows' order in a shard.
-      text: the text.
+      text: the text, or token ids made elsewhere.
     """
 
     subject: str = "embedded"
     site: str = "1.resid_post"
+    sites: tuple[str, ...] = ()
     context_length: int = 64
     tokens: int | None = None
     held_out_tokens: int | None = None
+    max_norm_ratio: float | None = 10.0
     contexts_per_shard: int = 1024
     batch_contexts: int = 64
+    subject_shards: int = 1
     max_bytes: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
-    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    text: TextConfig | TokensConfig = dataclasses.field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
         if self.context_length < 2:
@@ -71,43 +82,61 @@ class HarvestConfig:
                 f"Harvest.context_length = {self.context_length}: at least 2, because the first "
                 "position is not stored."
             )
-        for name in ("contexts_per_shard", "batch_contexts"):
+        for name in ("contexts_per_shard", "batch_contexts", "subject_shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Harvest.{name} = {getattr(self, name)}: must be at least 1.")
         for name in ("tokens", "held_out_tokens", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Harvest.{name} = {value}: must be at least 1, or None.")
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
+            raise ValueError(
+                f"Harvest.max_norm_ratio = {self.max_norm_ratio}: must be above 1, or None."
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"Harvest.dtype = {self.dtype!r}: 'float32' or 'bfloat16'.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"Harvest.seed = {self.seed}: must be in [0, 2**63).")
 
+    @property
+    def all_sites(self) -> tuple[str, ...]:
+        """`site` and `sites`, each once."""
+        return tuple(dict.fromkeys((self.site, *self.sites)))
+
+    def folder(self, root: str | os.PathLike[str], site: str) -> str:
+        """Where the stores 'train' and 'held_out' of a site are, under the harvest's own place."""
+        root = os.fspath(root).rstrip("/")
+        return f"{root}/{site}" if len(self.all_sites) > 1 else root
+
 
 def harvest(
     cfg: HarvestConfig,
     workdir: str | os.PathLike[str],
-    log: Callable[[str], None] = logging.getLogger(__name__).info,
+    log: Log = logging.getLogger(__name__).info,
     *,
     subject: Subject | None = None,
     batch_size: int | None = None,
+    forward: Forward | None = None,
+    splits: Sequence[str] = SPLITS,
     process_index: int = 0,
     process_count: int = 1,
-) -> tuple[Store, Store]:
-    """Fills `workdir/train` and `workdir/held_out`; produces only shards without a commit record.
+) -> dict[str, tuple[Store, ...]]:
+    """Fills the stores of every site and split with the shards that have no commit record.
 
     Args:
       cfg: what to store.
-      workdir: folder or TensorStore URL.
+      workdir: folder or TensorStore URL; see `HarvestConfig.folder`.
       log: takes one line of progress.
       subject: the loaded subject, to save loading `cfg.subject` again.
       batch_size: rows of the batches that will be drawn; one that the shards cannot give is then
         refused before anything is stored.
-      process_index, process_count: processes start at different shards; each ends when all shards
-        of both splits are committed, whoever produced them.
+      forward: the compiled pass (`filling.make_forward`), to save compiling it again.
+      splits: which of 'train' and 'held_out' to store.
+      process_index, process_count: each process, joined to others or not, ends when all shards of
+        the splits are committed, whoever produced them; each takes other shards first.
 
     Returns:
-      The finished train and held-out stores.
+      By site, the finished stores in the order of `splits`.
 
     Raises:
       ValueError: no such site; a context longer than the subject's; stores of another spec there;
@@ -115,29 +144,63 @@ def harvest(
       OSError: no space, or no permission to write.
     """
     subject = subject or load_subject(cfg.subject)
-    subject.check_site(cfg.site)
+    check_request(cfg, subject)
+    texts = {split: read_contexts(cfg, subject, split) for split in splits}
+    stores = _open_stores(cfg, subject, texts, os.fspath(workdir), batch_size)
+    _check_space(os.fspath(workdir), [x for of in stores.values() for x in of.values()], log)
+    forward = forward or make_forward(
+        subject,
+        cfg.all_sites,
+        cfg.dtype,
+        batch=cfg.batch_contexts,
+        contexts=stores[splits[0]][cfg.site].spec.contexts_per_shard,
+        subject_shards=cfg.subject_shards,
+    )
+    for split, by_site in stores.items():
+        contexts = texts[split]
+        for store in by_site.values():
+            store.write_documents(contexts.names)
+        shards = sorted({shard for store in by_site.values() for shard in _missing(store)})
+        filling = Filling(by_site, contexts, subject.tokenizer.bos_id, forward, log)
+        filling.run(_own_first(shards, process_index, process_count))
+        for store in by_site.values():
+            manifest = store.finish(_provenance(cfg, subject, contexts, store.spec))
+            if shards:
+                log(_summary(store.spec, manifest))
+    return {site: tuple(stores[split][site] for split in splits) for site in cfg.all_sites}
+
+
+def check_request(cfg: HarvestConfig, subject: Subject) -> None:
+    """ValueError when the subject has no such site, or fewer positions than a context."""
+    for site in cfg.all_sites:
+        subject.check_site(site)
     if cfg.context_length > subject.max_context:
         raise ValueError(
             f"Harvest.context_length = {cfg.context_length}: subject {subject.name!r} has "
             f"{subject.max_context} positions; give at most that."
         )
-    texts = {split: _contexts(cfg, subject, split) for split in SPLITS}
-    specs = {split: _spec(cfg, subject, split, texts[split]) for split in SPLITS}
+
+
+def _open_stores(
+    cfg: HarvestConfig,
+    subject: Subject,
+    texts: Mapping[str, Contexts],
+    root: str,
+    batch_size: int | None,
+) -> dict[str, dict[str, Store]]:
+    """The store of every split and site, created or continued once nothing speaks against it."""
+    specs = {split: store_specs(cfg, subject, split, text) for split, text in texts.items()}
     if batch_size is not None:
-        check_batch_size(batch_size, specs["train"].contexts_per_shard)
-    root = os.fspath(workdir).rstrip("/")
-    stores = {split: open_store(f"{root}/{split}", specs[split], "w") for split in SPLITS}
-    pending = {split: _pending(stores[split]) for split in SPLITS}
-    _check_space(cfg, root, sum(specs[s].bytes_per_shard * len(pending[s]) for s in SPLITS), log)
-    forward = _forward(subject, cfg)
-    for split in SPLITS:
-        store, contexts = stores[split], texts[split]
-        store.write_documents(contexts.names)
-        offset = len(pending[split]) * process_index // process_count
-        order = pending[split][offset:] + pending[split][:offset]
-        _fill(store, contexts, order, forward, log)
-        store.finish(_provenance(cfg, subject, contexts, store.spec))
-    return stores["train"], stores["held_out"]
+        check_batch_size(batch_size, specs["train"][cfg.site].contexts_per_shard)
+    everything = [spec for by_site in specs.values() for spec in by_site.values()]
+    check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in everything))
+    return {
+        split: {
+            site: open_store(f"{cfg.folder(root, site)}/{split}", spec, "w")
+            for site, spec in by_site.items()
+        }
+        for split, by_site in specs.items()
+    }
 
 
 def plan_shards(available: int, goal: int, contexts_per_shard: int) -> tuple[int, int]:
@@ -172,31 +235,61 @@ def check_free_space(path: str, needed_bytes: int) -> int | None:
     return free
 
 
-def _contexts(cfg: HarvestConfig, subject: Subject, split: str) -> Contexts:
-    documents = read_documents(cfg.text, split)
+def read_contexts(cfg: HarvestConfig, subject: Subject, split: str) -> Contexts:
+    """The text of a split as contexts of tokens."""
     try:
-        return pack(documents, subject.tokenizer, cfg.context_length)
+        return load_contexts(cfg.text, split, subject.tokenizer, cfg.context_length)
     except ValueError as error:
-        raise ValueError(f"Text.source = {cfg.text.source!r}, {split} split: {error}") from error
+        kind = "Text" if isinstance(cfg.text, TextConfig) else "Tokens"
+        where = f"{kind}.source = {cfg.text.source!r}, {split} split"
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _spec(cfg: HarvestConfig, subject: Subject, split: str, contexts: Contexts) -> StoreSpec:
+def store_specs(
+    cfg: HarvestConfig, subject: Subject, split: str, contexts: Contexts
+) -> dict[str, StoreSpec]:
+    """The spec of each site's store of a split."""
     goal = _goal(cfg, split, len(contexts.tokens))
     per_shard, n_shards = plan_shards(len(contexts.tokens), goal, cfg.contexts_per_shard)
-    return StoreSpec(
-        subject=subject.name,
-        subject_fingerprint=subject.fingerprint,
-        text_fingerprint=contexts.fingerprint,
-        split=split,
-        site=cfg.site,
-        d_model=subject.width(cfg.site),
-        context_length=cfg.context_length,
-        first_position=FIRST_POSITION,
-        contexts_per_shard=per_shard,
-        n_shards=n_shards,
-        compute_dtype=cfg.dtype,
-        seed=cfg.seed,
+    return {
+        site: StoreSpec(
+            subject=subject.name,
+            subject_fingerprint=subject.fingerprint,
+            text_fingerprint=contexts.fingerprint,
+            split=split,
+            site=site,
+            d_model=subject.width(site),
+            context_length=cfg.context_length,
+            first_position=FIRST_POSITION,
+            contexts_per_shard=per_shard,
+            n_shards=n_shards,
+            max_norm_ratio=cfg.max_norm_ratio,
+            compute_dtype=cfg.dtype,
+            seed=cfg.seed,
+        )
+        for site in cfg.all_sites
+    }
+
+
+def _summary(spec: StoreSpec, manifest: Mapping[str, Any]) -> str:
+    left_out = {reason: n for reason, n in manifest["left_out"].items() if n}
+    norms = [norm for norm in manifest["norm_by_position"] if norm is not None]
+    return (
+        f"harvest {spec.split} {spec.site}: {manifest['rows']:,} activations; left out: "
+        + ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out.items())
+        + f"; mean norm {manifest['mean_norm']:.4g}, by position {min(norms):.4g} to "
+        f"{max(norms):.4g}"
     )
+
+
+def _own_first(shards: list[int], index: int, count: int) -> list[int]:
+    """The shards of one process, then everyone's, both at random.
+
+    So processes that know nothing of each other seldom work on the same one.
+    """
+    generator = np.random.default_rng()
+    own, others = shards[index::count], [s for i, s in enumerate(shards) if i % count != index]
+    return [*generator.permutation(own).tolist(), *generator.permutation(others).tolist()]
 
 
 def _goal(cfg: HarvestConfig, split: str, available: int) -> int:
@@ -213,9 +306,11 @@ def _provenance(
     goal = _goal(cfg, spec.split, len(contexts.tokens))
     return {
         "family": subject.family,
+        "revision": subject.revision,
         "tokenizer_fingerprint": subject.tokenizer.fingerprint,
         "text": dataclasses.asdict(cfg.text),
         "text_bytes": contexts.bytes_total,
+        "text_left_out": contexts.left_out,
         "contexts_available": len(contexts.tokens),
         "contexts_wanted": goal,
         "contexts_dropped": max(0, goal - stored),  # they fill no shard
@@ -223,81 +318,22 @@ def _provenance(
     }
 
 
-def _pending(store: Store) -> list[int]:
+def _missing(store: Store) -> list[int]:
     return sorted(set(range(store.spec.n_shards)) - set(store.committed()))
 
 
-def _check_space(cfg: HarvestConfig, root: str, needed: int, log: Callable[[str], None]) -> None:
+def check_quota(cfg: HarvestConfig, needed: int) -> None:
+    """ValueError when the stores would take more than `Harvest.max_bytes`."""
     if cfg.max_bytes is not None and needed > cfg.max_bytes:
         raise ValueError(
             f"Harvest.max_bytes = {cfg.max_bytes}: the activations need {needed} bytes. Raise it, "
             "or store fewer tokens."
         )
+
+
+def _check_space(root: str, stores: Sequence[Store], log: Log) -> None:
+    needed = sum(store.spec.bytes_per_shard * len(_missing(store)) for store in stores)
     free = check_free_space(root, needed)
     if needed:
         place = "" if free is None else f", {free / 1e9:.1f} GB free"
         log(f"harvest: {needed / 1e6:.1f} MB of activations to store at {root}{place}")
-
-
-def _forward(subject: Subject, cfg: HarvestConfig) -> Callable[[np.ndarray], jax.Array]:
-    """tokens [B, T] to bfloat16 activations [B, R, D] at the site."""
-    params = jax.device_put(subject.params)
-    dtype = jnp.dtype(cfg.dtype)
-
-    @jax.jit
-    def capture(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        acts_BTD = subject.capture(params, tokens_BT, (cfg.site,), dtype)[cfg.site]
-        return acts_BTD[:, FIRST_POSITION:].astype(jnp.bfloat16)
-
-    def forward(tokens_CT: np.ndarray) -> np.ndarray:
-        n, size = len(tokens_CT), cfg.batch_contexts
-        padded = np.zeros((-(-n // size) * size, tokens_CT.shape[1]), np.int32)
-        padded[:n] = tokens_CT
-        parts = [capture(params, padded[i : i + size]) for i in range(0, len(padded), size)]
-        return np.concatenate([np.asarray(part) for part in parts])[:n]
-
-    return forward
-
-
-def _fill(
-    store: Store,
-    contexts: Contexts,
-    shards: list[int],
-    forward: Callable[[np.ndarray], np.ndarray],
-    log: Callable[[str], None],
-) -> None:
-    """Produces the shards in order; while one is computed, the one before is being written."""
-    spec = store.spec
-    n = spec.contexts_per_shard
-    order = permutation(len(contexts.tokens), spec.seed, CONTEXT_STREAM)
-    began = logged = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
-        writing: concurrent.futures.Future | None = None
-        for done, shard in enumerate(shards):
-            if shard in store.committed():  # by another process, since this one began
-                continue
-            ids = order[shard * n : (shard + 1) * n]
-            tokens = contexts.tokens[ids]
-            acts = forward(tokens)
-            if writing is not None:
-                writing.result()
-            provenance = {"document": contexts.document[ids], "offset": contexts.offset[ids]}
-            writing = writer.submit(
-                store.write_shard, shard, acts, tokens=tokens, context=ids, **provenance
-            )
-            now = time.monotonic()
-            if now - logged > _LOG_SECONDS or done + 1 == len(shards):
-                log(_progress(store, done + 1, len(shards), now - began))
-                logged = now
-        if writing is not None:
-            writing.result()
-
-
-def _progress(store: Store, done: int, total: int, seconds: float) -> str:
-    spec = store.spec
-    tokens = done * spec.contexts_per_shard * spec.context_length
-    left = seconds / done * (total - done)
-    return (
-        f"harvest {spec.split} {spec.site}: shard {done}/{total}, {tokens / seconds:,.0f} "
-        f"tokens/s, {done * spec.bytes_per_shard / 1e6:.0f} MB, {left:.0f} s left"
-    )

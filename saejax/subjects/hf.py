@@ -4,108 +4,166 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
-from saejax.data.bpe import Tokenizer
-from saejax.subjects import gpt2
+from saejax.data.tokenizers import load_tokenizer
+from saejax.subjects import weights
 from saejax.subjects.base import Subject, make_subject
+from saejax.subjects.decoder import Params
+from saejax.subjects.families import families
+from saejax.subjects.gpt2 import GPT2Config, to_hf
 
 EMBEDDED = "embedded"
-SUPPORTED_FAMILIES = ("gpt2",)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TORCH = "torch:"
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
-def load_subject(path_or_name: str) -> Subject:
+def load_subject(
+    path_or_name: str,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    tokenizer: bool = True,
+) -> Subject:
     """Loads a subject model.
 
     Args:
       path_or_name: 'embedded' (the small model in the package, no network), a local folder, or
-        the id of a model on the Hugging Face hub ('openai-community/gpt2'), which needs the
-        optional package huggingface_hub.
+        the id of a model on the Hugging Face hub ('openai-community/gpt2', with '@revision' if
+        need be), which needs the optional package huggingface_hub. 'torch:' before a folder or id
+        takes the adapter for other models of transformers; see `torch_adapter`.
+      dtype: 'float32' or 'bfloat16', of the weights as they are held.
+      mesh: split the weights over it, each shard read straight from the file; numpy arrays on the
+        host by default.
+      tokenizer: False loads none: enough where tokens come from arrays.
 
     Raises:
       FileNotFoundError: no such folder, file or repository.
       PermissionError: the repository is gated.
       ValueError: the architecture, the tensors or the tokenizer are not supported.
     """
+    if path_or_name.startswith(TORCH):
+        from saejax.subjects import torch_adapter
+
+        return torch_adapter.load(path_or_name, dtype=dtype, tokenizer=tokenizer)
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "tokenizer": tokenizer}
     if path_or_name == EMBEDDED:
-        return load_folder(pathlib.Path(__file__).parent / "embedded", EMBEDDED)
+        return load_folder(pathlib.Path(__file__).parent / "embedded", EMBEDDED, **options)
+    folder, revision = find_folder(path_or_name)
+    return load_folder(folder, path_or_name, revision=revision, **options)
+
+
+def find_folder(path_or_name: str) -> tuple[pathlib.Path, str]:
+    """The local folder of a model, downloaded if it is a hub id, and its revision or ''.
+
+    Raises:
+      FileNotFoundError, PermissionError: as of `load_subject`.
+    """
     folder = pathlib.Path(path_or_name).expanduser()
     if folder.is_dir():
-        return load_folder(folder, path_or_name)
+        return folder, ""
     looks_local = path_or_name.startswith((".", "/", "~")) or folder.exists()
-    if looks_local or not _HUB_ID.fullmatch(path_or_name):
+    match = _HUB_ID.fullmatch(path_or_name)
+    if looks_local or not match:
         raise FileNotFoundError(
             f"subject = {path_or_name!r}: not a folder; give {EMBEDDED!r}, a folder with "
             "config.json, *.safetensors and tokenizer.json, or a Hugging Face id 'owner/name'"
         )
-    return load_folder(_download(path_or_name), path_or_name)
+    folder = _download(match[1], match[2])
+    return folder, folder.name if folder.parent.name == "snapshots" else ""
 
 
-def load_folder(folder: pathlib.Path, name: str) -> Subject:
-    """Loads a subject from a folder; see `load_subject` for the errors."""
-    raw = _read_json(folder / "config.json")
-    family = raw.get("model_type")
-    if family not in SUPPORTED_FAMILIES:
+def load_folder(
+    folder: pathlib.Path,
+    name: str,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    tokenizer: bool = True,
+    revision: str = "",
+) -> Subject:
+    """Loads a subject from a folder; see `load_subject` for the arguments and errors."""
+    raw = weights.read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    known = families()
+    if kind not in known:
         raise ValueError(
-            f"subject {name!r}: model_type = {family!r} in {folder / 'config.json'} is not "
-            f"supported; supported families: {', '.join(SUPPORTED_FAMILIES)}"
+            f"subject {name!r}: model_type = {kind!r} in {folder / 'config.json'} is not "
+            f"supported; supported families: {', '.join(known)}. Any other model of transformers "
+            f"can be harvested through PyTorch: subject = '{TORCH}{name}'"
         )
-    config = gpt2.GPT2Config.from_hf(raw)
-    params = gpt2.from_hf(_read_tensors(folder), config)
-    return make_subject(name, config, params, Tokenizer.load(folder))
+    _refuse_code(raw, folder)
+    config = known[kind].read_config(raw)
+    tensors = weights.open_tensors(folder)
+    params = weights.load_params(tensors, known[kind], config.decoder, dtype=dtype, mesh=mesh)
+    found = load_tokenizer(folder) if tokenizer else None
+    return make_subject(name, config, params, found, family=kind, revision=revision)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a subject folder has config.json, *.safetensors, tokenizer.json"
+def write_folder(
+    path: str | os.PathLike[str],
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "bfloat16",
+) -> None:
+    """Writes a GPT-2 in the Hugging Face layout; each file is replaced in one move.
+
+    Args:
+      path: the folder; made if need be.
+      config: shape of the model.
+      params: its parameters.
+      tokenizer: something with `save(path)`; None writes no tokenizer.json.
+      dtype: 'float32' or 'bfloat16', of the tensors in the file.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    kinds: Mapping[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype = {dtype!r}: {' or '.join(kinds)}")
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.astype(kinds[dtype]) for name, value in to_hf(params, config).items()}
+    weights.write_file(folder / "model.safetensors", tensors)
+    (folder / "config.tmp").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    os.replace(folder / "config.tmp", folder / "config.json")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+
+
+def _refuse_code(raw: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Refuses models that come with code of their own, or with quantised weights."""
+    if raw.get("auto_map"):
+        raise ValueError(
+            f"{folder / 'config.json'}: auto_map asks to run code of the repository, which is "
+            f"never done. If the weights are those of a plain {raw['model_type']}, remove auto_map"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON text: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold one JSON object")
-    return content
-
-
-def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of model.safetensors, or of the shards that its index names, as float32."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    else:
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors and no model.safetensors.index.json; convert "
-            "other formats with save_pretrained(..., safe_serialization=True)"
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config is not supported; take the original "
+            f"weights, in float32, float16 or bfloat16"
         )
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        if "/" in file or "\\" in file or not (folder / file).is_file():
-            raise FileNotFoundError(f"{index} names the shard {file!r}, which is not in {folder}")
-        tensors |= _read_safetensors(folder / file)
-    return tensors
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import safetensors
-    from safetensors.numpy import load_file
-
-    try:
-        raw = load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
-    return {name: value.astype(np.float32) for name, value in raw.items()}
-
-
-def _download(repository: str) -> pathlib.Path:
+def _download(repository: str, revision: str | None = None) -> pathlib.Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise FileNotFoundError(
             f"subject = {repository!r} is no local folder, and loading from the Hugging Face hub "
@@ -114,9 +172,11 @@ def _download(repository: str) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = ["config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json"]
+    options = {} if revision is None else {"revision": revision}
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **options)
+        )
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"subject = {repository!r} is gated: accept its licence on huggingface.co and log in "
@@ -126,6 +186,10 @@ def _download(repository: str) -> pathlib.Path:
         raise FileNotFoundError(
             f"subject = {repository!r}: no such model on the Hugging Face hub, or it is private "
             "and you are not logged in (`hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"subject = {repository!r} has no revision {revision!r}: give a branch, tag or commit"
         ) from error
     except (errors.LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(

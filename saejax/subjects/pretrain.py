@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ import optax
 
 from saejax.data import bpe, bpe_train, tokens
 from saejax.data.corpus import Document
-from saejax.subjects import gpt2, material, model_card
+from saejax.subjects import gpt2, hf, material, model_card
 from saejax.subjects.gpt2 import GPT2Config, Params
 
 
@@ -167,20 +166,6 @@ def learning_rate(cfg: PretrainConfig, share: float) -> float:
     return cfg.lr * min(1.0, share / cfg.warmup, max(0.0, (1 - share) / cfg.decay))
 
 
-def save_model(folder: pathlib.Path, config: GPT2Config, params: Params) -> None:
-    """Writes config.json and model.safetensors (bfloat16), each replaced in one move."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = gpt2.to_hf(params, config)
-    tensors = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
-    save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
-    (folder / "model.tmp").chmod(0o644)  # the library makes it private
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
-    (folder / "config.tmp").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
-    os.replace(folder / "config.tmp", folder / "config.json")
-
-
 def rounded(params: Params) -> Params:
     """The parameters as the file holds them: through bfloat16."""
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -229,10 +214,10 @@ def run_training(
             last_save, nats = passed, measure(params, config, quick)
             bits = nats * nats_to_bits_per_byte
             print(f"held out (sample) {nats:.4f} nats/token {bits:.4f} bits/byte", flush=True)
-            save_model(out, config, params)
+            hf.write_folder(out, config, params)
     wall = time.monotonic() - start
     params = rounded(params)
-    save_model(out, config, params)
+    hf.write_folder(out, config, params)
     return params, {
         "steps": steps,
         "tokens_seen": steps * cfg.batch * cfg.context,

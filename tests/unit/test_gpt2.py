@@ -151,14 +151,14 @@ def test_the_identity_tap_changes_no_bit():
     np.testing.assert_array_equal(tapped, APPLY(s.params, s.config, tokens), strict=True)
     assert [site for site, _ in seen] == s.sites()
     assert dict(seen) == {site: s.width(site) for site in s.sites()}
-    assert s.width("1.mlp_act") == 20 and s.width("1.mlp_out") == s.d_model == 12
+    assert s.width("1.mlp_hidden") == 20 and s.width("1.mlp_out") == s.d_model == 12
     assert (s.n_layers, s.max_context) == (3, 16)
 
 
 def test_capture_equals_the_full_pass():
     s, tokens = subject(), random_tokens()
     full = everything(s.params, s.config, tokens)
-    for site in ["embed", "0.attn_z", "1.resid_post", "2.mlp_act", "final"]:
+    for site in ["embed", "0.attn_z", "1.resid_post", "2.mlp_hidden", "final"]:
         got = jax.jit(lambda p, site=site: s.capture(p, tokens, [site]))(s.params)
         np.testing.assert_allclose(got[site], full[site], rtol=1e-6, atol=1e-6)
     both = jax.eval_shape(lambda p: s.capture(p, tokens, ["2.attn_out", "0.resid_mid"]), s.params)

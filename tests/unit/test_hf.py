@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from saejax.data import corpus
 from saejax.data import tokens as packing
@@ -60,7 +60,7 @@ def test_the_embedded_subject_predicts_python_it_has_not_seen():
 
 def test_sharded_files_give_the_same_subject(folder):
     whole = hf.load_subject(str(folder))
-    raw = hf._read_tensors(folder)
+    raw = load_file(folder / "model.safetensors")
     shards = {"a.safetensors": {}, "b.safetensors": {}}
     for i, (name, value) in enumerate(raw.items()):
         shards[sorted(shards)[i % 2]][name] = value
@@ -77,8 +77,9 @@ def test_sharded_files_give_the_same_subject(folder):
 
 
 def test_other_families_are_refused_with_the_supported_ones(folder):
-    edit(folder / "config.json", model_type="llama")
-    with pytest.raises(ValueError, match=r"model_type = 'llama' .* supported families: gpt2"):
+    edit(folder / "config.json", model_type="mamba")
+    message = r"model_type = 'mamba' .* supported families: gemma2, .*, gpt2, .* 'torch:"
+    with pytest.raises(ValueError, match=message):
         hf.load_subject(str(folder))
 
 
@@ -125,6 +126,9 @@ class _Errors(types.ModuleType):
     class GatedRepoError(RepositoryNotFoundError):
         pass
 
+    class RevisionNotFoundError(OSError):
+        pass
+
     class LocalEntryNotFoundError(FileNotFoundError):
         pass
 
@@ -134,6 +138,7 @@ class _Errors(types.ModuleType):
     [
         ("GatedRepoError", PermissionError, "is gated"),
         ("RepositoryNotFoundError", FileNotFoundError, "no such model"),
+        ("RevisionNotFoundError", FileNotFoundError, "no revision 'v9'"),
         ("LocalEntryNotFoundError", FileNotFoundError, "check the network"),
     ],
 )
@@ -145,11 +150,46 @@ def test_answers_of_the_hub_become_one_clear_line(monkeypatch, folder, name, err
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
-    def fail(repository, allow_patterns):
-        raise getattr(errors, name)(repository)
+    def fail(repository, allow_patterns, revision):
+        raise getattr(errors, name)(f"{repository} {revision}")
 
     hub.snapshot_download = fail
     with pytest.raises(error, match=message):
-        hf.load_subject("owner/model")
-    hub.snapshot_download = lambda repository, allow_patterns: str(folder)
-    assert hf.load_subject("owner/model").name == "owner/model"
+        hf.load_subject("owner/model@v9")
+    commit = folder / "snapshots" / "0123abc"
+    commit.mkdir(parents=True)
+    for file in folder.glob("*.*"):
+        file.rename(commit / file.name)
+    hub.snapshot_download = lambda repository, allow_patterns: str(commit)
+    subject = hf.load_subject("owner/model")
+    assert (subject.name, subject.revision) == ("owner/model", "0123abc")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd"}}, "auto_map asks to run code"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not supported"),
+    ],
+)
+def test_code_of_a_repository_is_never_run(folder, change, message):
+    edit(folder / "config.json", **change)
+    with pytest.raises(ValueError, match=message):
+        hf.load_subject(str(folder))
+
+
+def test_a_written_folder_is_the_same_subject(folder, tmp_path):
+    s = hf.load_subject(str(folder))
+    for dtype, same in (("float32", True), ("bfloat16", False)):
+        hf.write_folder(tmp_path / dtype, s.config, s.params, s.tokenizer, dtype=dtype)
+        again = hf.load_subject(str(tmp_path / dtype))
+        assert again.config == s.config and (again.fingerprint == s.fingerprint) == same
+        assert again.tokenizer.fingerprint == s.tokenizer.fingerprint
+    with pytest.raises(ValueError, match="dtype = 'float16'"):
+        hf.write_folder(tmp_path / "x", s.config, s.params, dtype="float16")
+
+
+def test_a_subject_without_a_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    s = hf.load_subject(str(folder), tokenizer=False)
+    assert s.tokenizer is None and s.capture_host(np.array([[4099, 0]]), ["final"])

@@ -1,0 +1,146 @@
+"""Activations of a subject model as a stream: what `data.stream` needs, from a configuration."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax import mesh as mesh_lib
+from saejax.data.feed import Ranges
+from saejax.data.stream import Stream, usable_positions
+from saejax.data.stream_plan import StreamPlan, lanes_for
+from saejax.subjects.base import Subject
+from saejax.subjects.filling import FIRST_POSITION
+from saejax.subjects.harvest import HarvestConfig, read_contexts
+
+_HELD_OUT_TOKENS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Activations computed while training, never stored.
+
+    Attributes:
+      harvest: subject, sites and text; its held-out activations are stored, the training ones are
+        not. `Harvest.tokens` bounds the text of an epoch; `Harvest.held_out_tokens` is 1,000,000
+        where it is None. `Harvest.batch_contexts` is the number of contexts of a lane in one
+        forward pass.
+      lanes: parts of every batch with contexts and a buffer of their own; the sequence of batches
+        depends on it, not on the devices, whose number must divide it. None: one a device.
+      buffer_batches: batches that the swap buffers hold together. Batches of 16 buffered ones and
+        more were as good as an exact shuffle in our measurements.
+    """
+
+    harvest: HarvestConfig
+    lanes: int | None = None
+    buffer_batches: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "buffer_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Stream.{name} = {value}: must be at least 1.")
+
+    @property
+    def held_out(self) -> HarvestConfig:
+        """The harvest of the held-out split."""
+        tokens = self.harvest.held_out_tokens or _HELD_OUT_TOKENS
+        return dataclasses.replace(self.harvest, held_out_tokens=tokens)
+
+
+class SiteBatches:
+    """The batches of one site of a stream, as training reads them.
+
+    Attributes:
+      stream: the stream.
+      site: the site.
+      d_model: its width.
+      batch_size, tokens_per_epoch: see `Stream`.
+    """
+
+    def __init__(self, stream: Stream, site: str, d_model: int):
+        """Reads a site that the stream captures."""
+        self.stream, self.site, self.d_model = stream, site, d_model
+        self.batch_size, self.tokens_per_epoch = stream.batch_size, stream.tokens_per_epoch
+
+    def iterate(self, start_step: int = 0, ranges: Ranges | None = None) -> Iterator[jax.Array]:
+        """Batches `[B, D]` on the devices, from `start_step` on, without end."""
+        del ranges  # they are where they belong already
+        return (batch[self.site][0] for batch in self.stream.iterate(start_step))
+
+    def sample_rows(self, n: int) -> np.ndarray:
+        """See `Stream.sample_rows`."""
+        return self.stream.sample_rows(n, self.site)
+
+
+def open_stream(
+    cfg: StreamConfig, subject: Subject, sites: Sequence[str], batch_size: int, mesh: Mesh
+) -> tuple[Stream, dict[str, str]]:
+    """A stream of training activations, and the fingerprints of what it reads.
+
+    Args:
+      cfg: the configuration.
+      subject: the loaded model.
+      sites: to capture.
+      batch_size: rows of a batch.
+      mesh: of the training.
+
+    Raises:
+      ValueError: no such site; a context longer than the subject's; too little text; a batch or
+        lanes that do not divide by the devices; a subject that runs on the host.
+    """
+    harvest = cfg.harvest
+    if not isinstance(subject, Subject):
+        raise ValueError(
+            f"Harvest.subject = {harvest.subject!r} runs on the host, and cannot be streamed on "
+            "the mesh; store its activations: Experiment.data = @Harvest()."
+        )
+    for site in sites:
+        subject.check_site(site)
+    contexts = read_contexts(harvest, subject, "train")
+    keep = usable_positions(contexts, FIRST_POSITION)
+    lanes = lanes_for(mesh.size, batch_size, cfg.lanes)
+    plan = StreamPlan(
+        n_contexts=_bounded(keep, harvest.tokens),
+        kept=keep.sum(1),
+        lanes=lanes,
+        group_contexts=harvest.batch_contexts,
+        batch_size=batch_size,
+        buffer_batches=cfg.buffer_batches,
+        seed=harvest.seed,
+    )
+    own_mesh = mesh_lib.subject_mesh(mesh, harvest.subject_shards)
+    rows, dtype = mesh_lib.subject_batch_sharding(own_mesh), jnp.dtype(harvest.dtype)
+
+    def forward(params: Any, tokens_NT: jax.Array) -> dict[str, jax.Array]:
+        tokens_NT = jax.lax.with_sharding_constraint(tokens_NT, rows)
+        return subject.capture(params, tokens_NT, sites, dtype)
+
+    stream = Stream(
+        forward,
+        subject.place(own_mesh).params,
+        contexts,
+        plan,
+        mesh,
+        keep=keep,
+        max_norm_ratio=harvest.max_norm_ratio,
+    )
+    settings = (plan.lanes, plan.group_contexts, plan.buffer_batches, plan.n_contexts, plan.seed)
+    more = (harvest.dtype, harvest.max_norm_ratio)
+    identity = {
+        "subject": subject.fingerprint,
+        "text": contexts.fingerprint,
+        "stream": " ".join(map(str, (*settings, *more))),
+    }
+    return stream, identity
+
+
+def _bounded(keep_NT: np.ndarray, tokens: int | None) -> int:
+    """Contexts that hold the rows asked for, at most all."""
+    if tokens is None:
+        return len(keep_NT)
+    return min(len(keep_NT), int(np.searchsorted(keep_NT.sum(1).cumsum(), tokens)) + 1)

@@ -1,0 +1,199 @@
+"""Tensors of a Hugging Face folder: opened lazily, checked, and placed where they are to live.
+
+A parameter is read slice by slice from a memory map, straight into the shard of the device that
+holds it, so that loading needs no host memory beyond one shard of one parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.mesh import subject_sharding
+from saejax.subjects.decoder import Config, Params, leaf_shapes
+from saejax.subjects.layout import Family, build_tree, check_tensors
+
+DTYPES = ("float32", "bfloat16")
+_STORED = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file.
+
+    Attributes:
+      file: the safetensors file.
+      kind: type in the format's words, as 'BF16'.
+      shape: its shape.
+      offset: first byte in the file.
+    """
+
+    file: pathlib.Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def open(self) -> np.ndarray:
+        """A read-only memory map of the tensor."""
+        dtype = _STORED[self.kind]
+        bytes_map = np.memmap(
+            self.file, np.uint8, "r", self.offset, (math.prod(self.shape) * dtype.itemsize,)
+        )
+        return np.asarray(bytes_map).view(dtype).reshape(self.shape)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a subject folder has config.json, *.safetensors, tokenizer.json"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON text: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return content
+
+
+def open_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """All tensors of model.safetensors, or of the shards that its index names.
+
+    Raises:
+      FileNotFoundError: there is neither, or a shard is missing.
+      ValueError: a file is damaged, or the index names a tensor that its shard lacks.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return _open_file(folder / "model.safetensors")
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json; convert "
+            "other formats with save_pretrained(..., safe_serialization=True)"
+        )
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise ValueError(f"{index} must have an object weight_map, of tensor names to files")
+    tensors: dict[str, Stored] = {}
+    for file in sorted(set(places.values())):
+        if "/" in file or "\\" in file or not (folder / file).is_file():
+            raise FileNotFoundError(f"{index} names the shard {file!r}, which is not in {folder}")
+        there = _open_file(folder / file)
+        wanted = [name for name, place in places.items() if place == file]
+        if missing := [name for name in wanted if name not in there]:
+            raise ValueError(
+                f"{folder / file} has no tensor {', '.join(missing[:8])}, which {index.name} "
+                f"places there; the download is incomplete or of mixed revisions"
+            )
+        tensors |= {name: there[name] for name in wanted}
+    return tensors
+
+
+def load_params(
+    tensors: Mapping[str, Stored],
+    family: Family,
+    cfg: Config,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> Params:
+    """The parameter tree.
+
+    Args:
+      tensors: of the folder.
+      family: which knows the names.
+      cfg: the model.
+      dtype: type of every parameter, one of `DTYPES`.
+      mesh: to split the parameters over; on the host, as numpy arrays, by default.
+
+    Raises:
+      ValueError: tensors that do not fit the model, or are of a type that is not supported.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r} of a subject's weights: {' or '.join(DTYPES)}")
+    places = check_tensors(family, cfg, {name: t.shape for name, t in tensors.items()})
+    kinds = {name: tensors[name].kind for name in places.values()}
+    odd = sorted(f"{name} is {kind}" for name, kind in kinds.items() if kind not in _STORED)
+    if odd:
+        raise ValueError(
+            f"quantised weights are not supported: {', '.join(odd[:8])}"
+            f"{' ...' if len(odd) > 8 else ''}; allowed: {', '.join(_STORED)}"
+        )
+    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    leaves: dict[tuple, Any] = {}
+    shapes = leaf_shapes(cfg)
+    for path, piece in family.pieces(cfg).items():
+        stored = tensors[places[piece.tensor]].open()
+
+        def read(index: tuple[slice, ...], piece=piece, stored=stored) -> np.ndarray:
+            return np.array(piece.read(stored, index), dtype=target, order="C")
+
+        if mesh is None:
+            leaves[path] = read(tuple(slice(0, size) for size in shapes[path]))
+        else:
+            sharding = subject_sharding(mesh, path, shapes[path])
+            leaves[path] = jax.make_array_from_callback(shapes[path], sharding, read)
+    return build_tree(leaves)
+
+
+def place(params: Params, mesh: Mesh) -> Params:
+    """The same parameters split over a mesh."""
+
+    def put(path: tuple, leaf: Any) -> jax.Array:
+        keys = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+        return jax.device_put(leaf, subject_sharding(mesh, keys, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
+def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, replaced in one move."""
+    from safetensors.numpy import save_file
+
+    temporary = path.with_suffix(".tmp")
+    save_file(dict(tensors), temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # the library makes it private
+    os.replace(temporary, path)
+
+
+def _open_file(path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of one file; the library checks header, offsets and length first."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a sound safetensors file ({error}); download it again"
+        ) from error
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, _MAX_HEADER)))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+        for name, t in header.items()
+    }
