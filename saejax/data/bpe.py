@@ -80,6 +80,10 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
+class UnsupportedTokenizerError(ValueError):
+    """The file is sound, and asks for something that is not implemented here."""
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer; ids are those of the `tokenizers` library.
 
@@ -89,7 +93,12 @@ class Tokenizer:
 
     Attributes:
       vocab_size: one more than the largest id.
+      max_id: the largest id.
       eot_id: id of `<|endoftext|>`.
+      bos_id: what is put where a text begins: `<|endoftext|>`, as GPT-2 has it.
+      default_bos: before each 'document'; see `tokens.resolve_bos`.
+      special_ids: ids of all special tokens.
+      byte_exact: True: the bytes of a text's tokens are those of the text.
       fingerprint: first 16 hex digits of the sha256 of vocabulary, merges and special tokens.
     """
 
@@ -120,7 +129,7 @@ class Tokenizer:
                 f"0x{missing[0]:02x}; a byte-level vocabulary needs all 256"
             )
         if END_OF_TEXT not in special:
-            raise ValueError(
+            raise UnsupportedTokenizerError(
                 f"tokenizer: added_tokens has no special token {END_OF_TEXT!r} (found "
                 f"{sorted(special)}); add it, it marks the start of every document"
             )
@@ -128,7 +137,12 @@ class Tokenizer:
         if len(by_id) != len(self._vocab) + len(special) or min(by_id) < 0:
             raise ValueError("tokenizer: model.vocab and added_tokens give one id to two tokens")
         self.eot_id = special[END_OF_TEXT]
-        self.vocab_size = max(by_id) + 1
+        self.bos_id: int | None = self.eot_id
+        self.default_bos = "document"
+        self.special_ids = frozenset(special.values())
+        self.byte_exact = True
+        self.max_id = max(by_id)
+        self.vocab_size = self.max_id + 1
         self._pairs: dict[tuple[int, int], tuple[int, int]] = {}
         for rank, (left, right) in enumerate(self._merges):
             absent = [s for s in (left, right, left + right) if s not in self._vocab]
@@ -153,7 +167,8 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not JSON, or a field asks for something that is not implemented here.
+          UnsupportedTokenizerError: a field asks for something that is not implemented here.
+          ValueError: not JSON, or a damaged vocabulary.
         """
         path = pathlib.Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -216,6 +231,10 @@ class Tokenizer:
                 found = self._encode_piece(piece)
             ids += found
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; see `encode`."""
+        return [self.encode(text) for text in texts]
 
     def _encode_piece(self, piece: str) -> list[int]:
         ids = merge([self._byte_ids[byte] for byte in _utf8(piece)], self._pairs)
@@ -302,7 +321,7 @@ def _check_supported(content: Any, path: pathlib.Path) -> None:
     """Refuses, naming the field, everything that would give other ids than the file's author's."""
 
     def refuse(field: str, value: Any, allowed: str) -> None:
-        raise ValueError(
+        raise UnsupportedTokenizerError(
             f"{path}: {field} = {json.dumps(value)[:120]} is not supported (allowed: {allowed}); "
             "use a model with a GPT-2 style byte-level BPE tokenizer"
         )

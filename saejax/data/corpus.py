@@ -3,125 +3,141 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import io
-import json
 import os
 import pathlib
 import sysconfig
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
+
+from saejax.data import readers, splits
+from saejax.data.readers import EMPTY, HUB, SUFFIXES, Document
+from saejax.data.splits import Split
 
 # Tests and tables are not typical code; the two packages folders are not the standard library.
 SKIPPED_FOLDERS = frozenset(
     "test tests idle_test __pycache__ site-packages dist-packages encodings lib2to3".split()
 )
+PYTHON = "python"
+Bos = Literal["auto", "none", "document", "context"]
+Tails = Literal["drop", "pad"]
 _FALLBACK_PACKAGES = ("jax", "flax", "optax", "orbax", "numpy", "absl", "gin")
 _PYTHON_BYTES = (200, 400_000)  # stubs say nothing, larger files are generated tables
 _ENOUGH_LIBRARY = 1_000_000  # bytes; the standard library of any CPython with source has ten times
-_SUFFIXES = (".txt", ".py", ".md", ".jsonl")
-_BLOCK = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text with its name (relative path, with `:line` or `:block` where a file has several)."""
-
-    name: str
-    text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Where the text comes from and how it is split.
+    """Where the text comes from, how it is split, and how it is cut into contexts.
 
     Attributes:
       source: 'python' for the standard library of the running interpreter (of the installed
-        dependencies when the interpreter carries no source), otherwise the path of a .txt, .py,
-        .md or .jsonl file (one object a line, text in field "text") or of a folder of such.
+        dependencies when the interpreter carries no source); the path of a .txt, .py, .md, .jsonl,
+        .jsonl.gz, .jsonl.zst or .parquet file or of a folder of such (those packed with zstandard,
+        and parquet, need the packages zstandard and pyarrow); or 'hf:owner/name', a dataset of the
+        Hugging Face hub, streamed with the package datasets ('hf:/path' for a local folder).
+      field: field of a JSON line, or column of a table, that holds the text.
+      name: configuration ("subset") of the Hugging Face dataset.
+      split: its split; both of ours are cut out of this one.
+      revision: its branch, tag or commit.
       held_out_percent: share of the documents held out, chosen by the sha256 of their name. The
         embedded subject was trained with the same rule at 5, so up to 5 it has seen none of
         them (a module renamed since its Python version excepted).
-      max_bytes: at most so many bytes of UTF-8 text in each split; whole documents, in the order
-        of their hash, are taken while they fit. None takes all.
+      max_bytes: at most so many bytes of UTF-8 text in each split. None takes all.
+      max_documents: at most so many documents in each split.
+      take: which documents a limit takes. 'sample': whole documents in the order of their hash,
+        while they fit; the source is read once to find them. 'first': in reading order, up to the
+        first that does not fit; nothing after it is read. 'auto' is 'first' for 'hf:' sources and
+        'sample' for all others.
+      bos: where a beginning-of-sequence token is put: 'none'; 'document', before each document;
+        'context', before each context; 'auto', as the tokenizer's model was trained (GPT-2:
+        `<|endoftext|>` before each document; Llama, Gemma: before each context; Pythia: none). It
+        is seen by the model, and no activation of it is stored.
+      tails: what is left of a document after its last full context is dropped ('drop') or padded
+        to a context of its own ('pad').
+      min_tail: shortest tail that is padded, in tokens; shorter ones are dropped.
+      cache: folder in which tokenised text is kept for the next run; None keeps nothing.
     """
 
-    source: str = "python"
+    source: str = PYTHON
+    field: str = "text"
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
     held_out_percent: float = 5.0
     max_bytes: int | None = None
+    max_documents: int | None = None
+    take: Literal["auto", "sample", "first"] = "auto"
+    bos: Bos = "auto"
+    tails: Tails = "drop"
+    min_tail: int = 16
+    cache: str | None = None
 
     def __post_init__(self):
-        if not self.source:
-            raise ValueError("Text.source is empty: give 'python' or the path of a file or folder")
-        if not 0 <= self.held_out_percent < 100:
+        if not self.source or self.source == HUB:
             raise ValueError(
-                f"Text.held_out_percent = {self.held_out_percent}: allowed are 0 <= percent < 100"
+                f"Text.source = {self.source!r} is empty: give 'python', the path of a file or "
+                "folder, or 'hf:owner/name'"
             )
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError(f"Text.max_bytes = {self.max_bytes}: give a positive number or None")
+        for field in ("field", "split"):
+            if not getattr(self, field):
+                raise ValueError(f"Text.{field} is empty: give a name")
+        splits.check(self, "Text", "max_bytes", "max_documents")
+        for field, default in (("name", None), ("revision", None), ("split", "train")):
+            if getattr(self, field) != default and not self.source.startswith(HUB):
+                raise ValueError(
+                    f"Text.{field} = {getattr(self, field)!r} is for Hugging Face datasets, and "
+                    f"Text.source = {self.source!r} is none; write 'hf:owner/name', or leave it out"
+                )
 
 
-def read_documents(cfg: TextConfig, split: Literal["train", "held_out"]) -> list[Document]:
-    """Reads one split of a corpus, sorted by name; a pure function of the files' content.
+class Documents(splits.SplitReader):
+    """The documents of one split of a text; see `splits.SplitReader`.
 
-    Every corpus of two documents or more has at least one in 'train' and, when held_out_percent
-    is above 0, at least one in 'held_out'.
+    `left_out` counts 'empty_documents' (of both splits: no text but white space) and
+    'documents_over_limit'.
+    """
+
+    def __init__(self, cfg: TextConfig, split: Split):
+        """Reads nothing yet.
+
+        Raises:
+          ValueError: no such split.
+        """
+        super().__init__(cfg, split, label="Text", limit="max_bytes")
+        self.first = cfg.take == "first" or (cfg.take == "auto" and cfg.source.startswith(HUB))
+
+    def read(self, left_out: Counter[str]) -> Iterator[Document]:
+        """All documents of both splits, by file name and inside a file as they stand."""
+        if self.cfg.source == PYTHON:
+            return iter(sorted(python_documents(), key=lambda d: d.name))
+        if self.cfg.source.startswith(HUB):
+            return _hub_documents(self.cfg, left_out)
+        return _path_documents(self.cfg, left_out)
+
+    def size(self, document: Document) -> int:
+        """Bytes of UTF-8."""
+        return len(document.text.encode("utf-8", "surrogatepass"))
+
+    def nothing(self) -> str:
+        """What to do when there is no text at all."""
+        return (
+            f"holds no text: give a file, or a folder, with non-empty {', '.join(SUFFIXES)} files"
+        )
+
+
+def read_documents(cfg: TextConfig, split: Split) -> list[Document]:
+    """The documents of one split, all in memory.
 
     Raises:
-      FileNotFoundError: the path does not exist, or no Python source was found.
-      ValueError: a file is not UTF-8 text, a .jsonl line has no text, or the split is empty.
+      FileNotFoundError: the source does not exist, or no Python source was found.
+      ValueError: a file is not UTF-8 text, a line has no text, the split is empty, a package is
+        missing, ...; names the file and the place in it.
     """
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split = {split!r}: allowed are 'train' and 'held_out'")
-    documents = list(python_documents() if cfg.source == "python" else _path_documents(cfg.source))
-    if not documents:
-        raise ValueError(
-            f"Text.source = {cfg.source!r} holds no text: give a file, or a folder, with "
-            f"non-empty {', '.join(_SUFFIXES)} files"
-        )
-    held = _held_out_names([d.name for d in documents], cfg.held_out_percent)
-    chosen = [d for d in documents if (d.name in held) == (split == "held_out")]
-    if not chosen:
-        raise ValueError(
-            f"Text.source = {cfg.source!r} has {len(documents)} document(s) and Text."
-            f"held_out_percent = {cfg.held_out_percent}, which leaves the {split} split empty; "
-            "give more text (a file, or at least two), or a percentage above 0"
-        )
-    return sorted(_limited(chosen, cfg), key=lambda d: d.name)
-
-
-def hash_fraction(name: str) -> float:
-    """A number in [0, 1) fixed by the name: the first 8 bytes of its sha256."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _held_out_names(names: list[str], percent: float) -> set[str]:
-    ordered = sorted(names, key=hash_fraction)
-    held = {name for name in names if hash_fraction(name) < percent / 100}
-    if percent > 0 and len(ordered) > 1:
-        held.add(ordered[0])
-        held.discard(ordered[-1])
-    return held
-
-
-def _limited(documents: list[Document], cfg: TextConfig) -> list[Document]:
-    if cfg.max_bytes is None:
-        return documents
-    taken, left = [], cfg.max_bytes
-    for document in sorted(documents, key=lambda d: hash_fraction(d.name)):
-        size = len(document.text.encode())
-        if size <= left:
-            taken.append(document)
-            left -= size
-    if not taken:
-        smallest = min(len(d.text.encode()) for d in documents)
-        raise ValueError(
-            f"Text.max_bytes = {cfg.max_bytes} is less than the smallest document of the split: "
-            f"give at least {smallest}"
-        )
-    return taken
+    return list(Documents(cfg, split))
 
 
 def walk(root: pathlib.Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> Iterator[str]:
@@ -177,65 +193,47 @@ def python_documents() -> list[Document]:
     return documents
 
 
-def _path_documents(source: str) -> Iterator[Document]:
+def source_files(source: str) -> list[tuple[pathlib.Path, str]]:
+    """The files of a path and what their documents are called, sorted by name.
+
+    Raises:
+      FileNotFoundError: no such path.
+      ValueError: a file of another kind.
+    """
     root = pathlib.Path(source).expanduser()
     if not root.exists():
+        near = f", {HUB + source!r} for a dataset of the Hugging Face hub" if "/" in source else ""
         raise FileNotFoundError(
-            f"Text.source = {source!r}: no such file or folder; give one that exists, or 'python'"
+            f"Text.source = {source!r}: no such file or folder; give one that exists{near}, or "
+            "'python'"
         )
     if root.is_dir():
-        for name in walk(root, _SUFFIXES, frozenset({"__pycache__"})):
-            yield from _file_documents(root / name, name)
-    elif root.name.endswith(_SUFFIXES):
-        documents = list(_file_documents(root, root.name))
-        yield from _blocks(documents[0]) if len(documents) == 1 else documents
-    else:
-        raise ValueError(f"Text.source = {source!r}: a file must end in {', '.join(_SUFFIXES)}")
+        names = sorted(walk(root, SUFFIXES, frozenset({"__pycache__"})))
+        return [(root / name, name) for name in names]
+    if not root.name.endswith(SUFFIXES):
+        raise ValueError(f"Text.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
+    return [(root, root.name)]
 
 
-def _file_documents(path: pathlib.Path, name: str) -> Iterator[Document]:
-    text = _read_utf8(path)
-    if not name.endswith(".jsonl"):
-        if text.strip():
-            yield Document(name, text)
+def _path_documents(cfg: TextConfig, left_out: Counter[str]) -> Iterator[Document]:
+    files = source_files(cfg.source)
+    if pathlib.Path(cfg.source).expanduser().is_file():
+        yield from readers.read_lone_file(files[0][0], cfg.field, left_out)
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        text = value.get("text") if isinstance(value, dict) else None
-        if not isinstance(text, str):
+    for path, name in files:
+        yield from readers.read_file(path, name, cfg.field, left_out)
+
+
+def _hub_documents(cfg: TextConfig, left_out: Counter[str]) -> Iterator[Document]:
+    rows = readers.hub_rows(cfg.source, cfg.name, cfg.split, cfg.revision, cfg.field, "Text.field")
+    prefix = "/".join(filter(None, (cfg.source.removeprefix(HUB), cfg.name, cfg.split)))
+    for number, text in enumerate(rows):
+        if not isinstance(text, str | None):
             raise ValueError(
-                f'{path}, line {number}: each line must be an object with a string field "text"'
+                f"Text.source = {cfg.source!r}, row {number}: column {cfg.field!r} (Text.field) "
+                f"holds {type(text).__name__}, not strings"
             )
-        if text.strip():
-            yield Document(f"{name}:{number}", text)
-
-
-def _read_utf8(path: pathlib.Path) -> str:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at byte offset "
-            f"{error.start}; convert it (for example `iconv -f latin1 -t utf-8`) or move it away"
-        ) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _blocks(document: Document) -> Iterator[Document]:
-    """Cuts a lone text at line ends into blocks of 64 KiB or more, so that it can be split."""
-    size = max(1, min(_BLOCK, len(document.text) // 20))
-    lines, length, number = [], 0, 0
-    for line in document.text.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= size:
-            yield Document(f"{document.name}:{number}", "".join(lines))
-            lines, length, number = [], 0, number + 1
-    if "".join(lines).strip():
-        yield Document(f"{document.name}:{number}", "".join(lines))
+        if text is not None and text.strip():
+            yield Document(f"{prefix}:{number}", text)
+        else:
+            left_out[EMPTY] += 1

@@ -43,15 +43,18 @@ class Feed:
             offset = starts[at] + first - self.ranges[at][0]
             self._places.append((device, slice(offset, offset + last - first)))
 
-    def place(self, rows_bD: np.ndarray) -> jax.Array:
+    def place(self, rows_bD: np.ndarray | jax.Array) -> jax.Array:
         """Starts the transfer of this process's rows, and returns the whole batch `[B, D]`.
 
         Args:
-          rows_bD: the rows of `ranges`, one after the other.
+          rows_bD: the rows of `ranges`, one after the other; or a whole batch that is on the
+            devices already, which is returned as it is.
 
         Raises:
           ValueError: there are more or fewer of them.
         """
+        if isinstance(rows_bD, jax.Array) and rows_bD.sharding == self._sharding:
+            return rows_bD
         if len(rows_bD) != self._n_rows:
             raise ValueError(
                 f"{len(rows_bD)} rows were given for a batch of which this process holds "

@@ -10,9 +10,8 @@ processes.
 
 import collections
 import dataclasses
-import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +21,7 @@ from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_k
 from saejax.data.pending import Pending
 from saejax.data.shards import Store
 
-_ORDERS_KEPT = 4
+_ORDERS_KEPT = 2  # the end of an epoch and the beginning of the next
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,7 @@ class Loader:
       store: the store.
       batch_size: rows of a global batch, B.
       d_model: width of the rows.
+      tokens_per_epoch: rows of the store.
       wait_seconds: time that `iterate` has spent waiting for the disk.
     """
 
@@ -66,14 +66,11 @@ class Loader:
         self.store = store
         self.batch_size = batch_size
         self.d_model = store.spec.d_model
+        self.tokens_per_epoch = store.n_rows
         self.wait_seconds = 0.0
         self._cfg = cfg or LoaderConfig()
+        self._orders: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._recent: collections.OrderedDict[tuple[int, int], Pending] = collections.OrderedDict()
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Rows of the store."""
-        return self.store.n_rows
 
     def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
         """The rows `ranges` of batch `step`, all by default: bfloat16 [b, D]; only those are read.
@@ -84,16 +81,16 @@ class Loader:
         return _rows(self._start(step, ranges))
 
     def provenance(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
-        """int64 [b, 3]: shard, slot and token position of each row of `batch(step, ranges)`.
+        """int64 [b, 3]: shard, context and token position of each row of `batch(step, ranges)`.
 
-        The slot's context is row `slot` of `store.read_contexts(shard)`.
+        The context is a row of `store.read_contexts(shard)`.
         """
         parts = []
         for shard, chunk, start, stop in self._pieces(step, ranges):
             part = np.empty((stop - start, 3), np.int64)
             part[:, 0] = shard
-            part[:, 1] = np.arange(start, stop)
-            part[:, 2] = self.store.positions(shard, chunk)[start:stop]
+            context, position = self.store.where(shard, chunk)
+            part[:, 1], part[:, 2] = context[start:stop], position[start:stop]
             parts.append(part)
         return np.concatenate(parts)
 
@@ -120,10 +117,10 @@ class Loader:
         Raises:
           ValueError: the store has fewer than n rows.
         """
-        if not 0 < n <= self.store.n_rows:
+        if not 0 < n <= self.tokens_per_epoch:
             raise ValueError(
-                f"sample of {n} rows: the store at {self.store.path} has {self.store.n_rows}; ask "
-                "for at least 1 and at most that many."
+                f"sample of {n} rows: the store at {self.store.path} has {self.tokens_per_epoch}; "
+                "ask for at least 1 and at most that many."
             )
         pieces = self._stream(0, n)
         return _rows([(self.store.read_chunk(s, c), a, b) for s, c, a, b in pieces])
@@ -140,17 +137,22 @@ class Loader:
         spec = self.store.spec
         n = spec.contexts_per_shard
         per_batch = max(1, self.batch_size // n)
-        per_epoch = spec.n_shards * spec.rows_per_context
+        per_epoch = self.tokens_per_epoch // n
         while start < stop:
             index, slot = divmod(start, n)
             epoch, place = divmod(index, per_epoch)
-            order = chunk_order(
-                spec.n_shards, spec.rows_per_context, per_batch, self._cfg.seed, epoch
-            )
+            order = self._order(epoch, per_batch)
             end = min(n, slot + stop - start)
             shard, chunk = order[place]
             yield int(shard), int(chunk), slot, end
             start += end - slot
+
+    def _order(self, epoch: int, per_batch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders[epoch] = chunk_order(self.store.chunks, per_batch, self._cfg.seed, epoch)
+            while len(self._orders) > _ORDERS_KEPT:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
 
     def _start(self, step: int, ranges: Ranges | None) -> list[tuple[Pending, int, int]]:
         return [(self._read(s, c, b - a), a, b) for s, c, a, b in self._pieces(step, ranges)]
@@ -178,31 +180,36 @@ def check_batch_size(batch_size: int, contexts_per_shard: int) -> None:
         )
 
 
-@functools.lru_cache(maxsize=_ORDERS_KEPT)
-def chunk_order(n_shards: int, rows: int, per_batch: int, seed: int, epoch: int) -> np.ndarray:
-    """int32 [n_shards * rows, 2]: (shard, chunk) in the order of one epoch.
+def chunk_order(chunks: Sequence[int], per_batch: int, seed: int, epoch: int) -> np.ndarray:
+    """int32 [sum(chunks), 2]: (shard, chunk) in the order of one epoch.
 
     Every pair occurs once. The `per_batch` chunks of a batch are of different shards when there
     are that many shards (but for the batch across the end of an epoch), otherwise as evenly as
-    possible of all.
+    possible of all. A shard with fewer chunks than the longest sits out rounds all over the epoch.
+
+    Args:
+      chunks: how many each shard has.
+      per_batch: chunks of a batch.
+      seed, epoch: what is drawn for.
     """
+    n_shards, rounds, count_S = len(chunks), int(max(chunks)), np.asarray(chunks)
     chunk_SR = np.argsort(
-        random_keys((n_shards, rows), seed, CHUNK_STREAM, epoch), axis=1, kind="stable"
+        random_keys((n_shards, rounds), seed, CHUNK_STREAM, epoch), axis=1, kind="stable"
     )
-    order = np.empty((rows, n_shards, 2), np.int32)
-    last = np.empty(0, np.int64)
-    for turn in range(rows):
-        shards = permutation(n_shards, seed, SHARD_STREAM, epoch * rows + turn)
-        begun = (epoch * rows + turn) * n_shards % per_batch  # chunks that the open batch has
-        if turn and begun and per_batch <= n_shards:
+    parts, last = [], np.empty(0, np.int64)
+    done = epoch * int(count_S.sum())
+    for turn in range(rounds):
+        shards = permutation(n_shards, seed, SHARD_STREAM, epoch * rounds + turn)
+        shards = shards[chunk_SR[shards, turn] < count_S[shards]]
+        begun = done % per_batch  # chunks that the open batch has
+        if turn and begun and per_batch <= len(shards):
             taken = np.isin(shards, last[-begun:])
-            need = per_batch - begun
-            first = shards[~taken][:need]
+            first = shards[~taken][: per_batch - begun]
             shards = np.concatenate([first, shards[~np.isin(shards, first)]])
-        order[turn, :, 0] = shards
-        order[turn, :, 1] = chunk_SR[shards, turn]
-        last = shards
-    order = order.reshape(-1, 2)
+        parts.append(np.stack([shards, chunk_SR[shards, turn]], axis=1))
+        done += len(shards)
+        last = np.concatenate([last, shards])[-per_batch:]
+    order = np.concatenate(parts).astype(np.int32)
     order.flags.writeable = False
     return order
 

@@ -4,24 +4,26 @@ A store holds the activations of one site of one subject model on one split of o
 
     spec.json              what the store is, with the digests of the array headers below
     acts/                  zarr3 [n_shards * R * C, d_model] bfloat16, one file a shard
-    contexts/              zarr3 [n_shards * C, 3 + T] uint32: context id, document, offset, tokens
+    contexts/              zarr3 [n_shards * C, 3 + T + ceil(R / 32)] uint32: context id, document,
+                           offset, tokens, one bit for each row that is not masked
     documents.json         names of the documents
-    commits/000123.json    row count, digest and sums of shard 123; written last, only if absent
+    commits/000123.json    chunks, rows, digest and sums of shard 123; written last, only if absent
     manifest.json          counts, mean, norms, variance; written when every shard is committed
 
 C contexts of T tokens make a shard; the first `first_position` positions of each are left out, so
-R = T - first_position rows of every context stay. Chunk j of a shard holds exactly one row of each
-of the C contexts, at a position drawn for (seed, shard, context): a batch of whole chunks is as
-good as an exact shuffle, with sequential reads and no buffer. A shard is a pure function of
-(spec, index), so any number of writers may produce any shards at once and be killed at any moment;
-readers trust commit records and nothing else. All files carry checksums.
+R = T - first_position rows of every context may stay. Chunk j of a shard holds one row of each of
+the C contexts, in an order of positions drawn for (seed, shard, context): a batch of whole chunks
+is as good as an exact shuffle, with sequential reads and no buffer. Masked rows (BOS, special
+tokens, padding, outlying norms) are not stored; see `layout.chunk_places` for who then stands in.
+A shard is a pure function of (spec, index), so any number of writers may produce any shards at
+once and be killed at any moment; readers trust commit records and nothing else. All files carry
+checksums.
 """
 
 import collections
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,17 +31,10 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from saejax.data import records
-from saejax.data.layout import (
-    CONTEXT_COLUMNS,
-    FORMAT,
-    ShardRows,
-    StoreSpec,
-    check_same,
-    position_order,
-    stored_spec,
-    zarr_spec,
-)
+from saejax.data import layout, records
+from saejax.data.content import Content
+from saejax.data.files import Files
+from saejax.data.layout import CONTEXT_COLUMNS, FORMAT, ShardRows, StoreSpec
 from saejax.data.pending import Pending, wait
 from saejax.data.records import CorruptStoreError
 
@@ -47,6 +42,7 @@ __all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
 _HEADERS = ("acts/zarr.json", "contexts/zarr.json")
 _BORROWED = {"can_reference_source_data_indefinitely": True}  # the writer waits, so no copy
 _READ_AHEAD = 3  # more only costs memory
+_PLACES_KEPT = 64
 
 
 def open_store(
@@ -66,19 +62,19 @@ def open_store(
         raise ValueError(f"open_store mode = {mode!r}: must be 'r' or 'w'.")
     if mode == "w" and spec is None:
         raise ValueError("open_store mode = 'w' needs a spec.")
-    files = _Files(path)
+    files = _open_files(path)
     found = files.read_json("spec.json")
     if found is None:
         if mode == "r":
             raise FileNotFoundError(f"{files.name('spec.json')} is missing: no store there.")
-        _open_arrays(files, spec, create=True)
+        _create_arrays(files, spec)
         digests = {name: records.sha256(files.read(name) or b"") for name in _HEADERS}
         content = {"format": FORMAT, "spec": dataclasses.asdict(spec), "sha256": digests}
         files.write_once("spec.json", content)
         found = files.read_json("spec.json")
-    stored = stored_spec(files.name("spec.json"), found)
+    stored = layout.stored_spec(files.name("spec.json"), found)
     if spec is not None:
-        check_same(files.root, stored, spec)
+        layout.check_same(files.root, stored, spec)
     for name in _HEADERS:
         header = files.read(name)
         if header is None:
@@ -96,22 +92,35 @@ class Store:
       spec: what it is.
     """
 
-    def __init__(self, files: "_Files", spec: StoreSpec, acts: Any, contexts: Any) -> None:
+    def __init__(self, files: Files, spec: StoreSpec, acts: Any, contexts: Any) -> None:
         self.path = files.root
         self.spec = spec
         self._files = files
         self._acts = acts
         self._contexts = contexts
         self._records: dict[int, dict[str, Any]] = {}
+        self._chunks: np.ndarray | None = None
+        self._places: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
     @property
     def n_rows(self) -> int:
-        """Rows of the complete store."""
-        return self.spec.n_shards * self.spec.rows_per_shard
+        """Rows of the finished store."""
+        return self.manifest["rows"]
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """int64 [n_shards]: chunks of every shard of the finished store."""
+        if self._chunks is None:
+            self._chunks = np.array(self.manifest["chunks"])
+        return self._chunks
 
     def committed(self) -> list[int]:
         """Sorted indices of the shards that have a commit record; one listing, no reads."""
         return self._files.commits()
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether one shard has a commit record."""
+        return shard in self._records or self._files.absent(_commit_name(shard)) is None
 
     def record(self, shard: int) -> dict[str, Any]:
         """The commit record of one shard, verified."""
@@ -155,51 +164,69 @@ class Store:
         return tuple(found["names"]) if found else ()
 
     def read_chunk(self, shard: int, chunk: int) -> "Pending":
-        """Starts reading one chunk; `.result()` is bfloat16 [C, D], slot c a row of context c."""
-        n_rows, n_contexts = self.spec.rows_per_context, self.spec.contexts_per_shard
-        if not (0 <= shard < self.spec.n_shards and 0 <= chunk < n_rows):
-            raise IndexError(
-                f"{self.path}: no chunk {chunk} of shard {shard}; the store has "
-                f"{self.spec.n_shards} shards of {n_rows} chunks."
-            )
-        start = (shard * n_rows + chunk) * n_contexts
+        """Starts reading one chunk; `.result()` is bfloat16 [C, D]; see `where` for its rows."""
+        if not 0 <= shard < self.spec.n_shards:
+            raise IndexError(f"{self.path}: no shard {shard}; the store has {self.spec.n_shards}.")
+        chunks = self._count(shard)
+        if not 0 <= chunk < chunks:
+            raise IndexError(f"{self.path}: no chunk {chunk} of shard {shard}; it has {chunks}.")
+        n_contexts = self.spec.contexts_per_shard
+        start = (shard * self.spec.rows_per_context + chunk) * n_contexts
         name = f"{self._files.name(f'acts/c/{shard}/0')} (shard {shard}, chunk {chunk})"
         return Pending(self._acts[start : start + n_contexts].read(), name)
 
-    def positions(self, shard: int, chunk: int) -> np.ndarray:
-        """int32 [C]: the token position, in its context, of each slot of a chunk."""
-        return self._order(shard)[:, chunk] + self.spec.first_position
+    def where(self, shard: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """Provenance of a chunk's rows: int64 [C] each, context and token position.
 
-    def position(self, shard: int, chunk: int, slot: int) -> int:
-        """The token position, in its context, of one row."""
-        return int(self.positions(shard, chunk)[slot])
+        The context is a row of `read_contexts(shard)`, the position one of its tokens.
+        """
+        context, row = np.divmod(self._places_of(shard)[chunk], self.spec.rows_per_context)
+        return context, row + self.spec.first_position
 
     def read_contexts(self, shard: int) -> np.ndarray:
-        """uint32 [C, 3 + T]: context id, document, token offset, tokens of each slot's context."""
-        n = self.spec.contexts_per_shard
-        name = f"{self._files.name(f'contexts/c/{shard}/0')} (shard {shard}, chunk 0)"
-        return Pending(self._contexts[shard * n : (shard + 1) * n].read(), name).result()
+        """uint32 [C, 3 + T]: context id, document, token offset and tokens of each context."""
+        return self._read_table(shard)[:, : CONTEXT_COLUMNS + self.spec.context_length]
+
+    def read_mask(self, shard: int) -> np.ndarray:
+        """bool [C, T]: positions that are neither masked nor before `first_position`.
+
+        They are the rows of the shard, but for those that filled no chunk.
+        """
+        mask_CT = np.zeros((self.spec.contexts_per_shard, self.spec.context_length), bool)
+        mask_CT[:, self.spec.first_position :] = self._kept(self._read_table(shard))
+        return mask_CT
 
     def read_shard_rows(self, shard: int) -> ShardRows:
         """One shard in context order, checked against its commit record's digest."""
-        spec, record, order_CR = self.spec, self.record(shard), self._order(shard)
-        n = spec.contexts_per_shard
-        rows_CRD = np.empty((n, spec.rows_per_context, spec.d_model), np.uint16)
-        table = self.read_contexts(shard)
+        spec, record = self.spec, self.record(shard)
+        n = spec.contexts_per_shard * spec.rows_per_context
+        table = self._read_table(shard)
+        places_JC = self._places_of(shard, table)
+        whole = record["rows"] == n
+        rows_ND = (np.empty if whole else np.zeros)((n, spec.d_model), np.uint16)
+        stored_N = np.zeros(n, bool)
+        stored_N[places_JC] = True
 
         def placed() -> Iterator[np.ndarray]:
             for j, chunk in enumerate(self._read_ahead(shard)):
                 bits_CD = chunk.view(np.uint16)
-                rows_CRD[np.arange(n), order_CR[:, j]] = bits_CD
+                rows_ND[places_JC[j]] = bits_CD
                 yield bits_CD
 
         if records.content_digest(placed(), table) != record["sha256"]:
             raise CorruptStoreError(
                 f"{self._files.name(f'acts/c/{shard}/0')} (shard {shard}): its content is not what "
-                f"{_commit_name(shard)} records. Delete that record and harvest again."
+                f"{_commit_name(shard)} records. Delete both and harvest again."
             )
-        columns = table[:, 0], table[:, 1], table[:, 2]
-        return ShardRows(rows_CRD.view(ml_dtypes.bfloat16), table[:, CONTEXT_COLUMNS:], *columns)
+        shape = (spec.contexts_per_shard, spec.rows_per_context)
+        return ShardRows(
+            rows=rows_ND.reshape(*shape, spec.d_model).view(ml_dtypes.bfloat16),
+            stored=stored_N.reshape(shape),
+            tokens=table[:, CONTEXT_COLUMNS : CONTEXT_COLUMNS + spec.context_length],
+            context=table[:, 0],
+            document=table[:, 1],
+            offset=table[:, 2],
+        )
 
     def rows(self) -> Iterator[tuple[np.ndarray, int, int]]:
         """All chunks in file order: (bfloat16 [C, D], shard, chunk)."""
@@ -212,6 +239,8 @@ class Store:
         self.require_complete()
         found = [self.record(shard) for shard in self.committed()]
         if self.manifest["sha256"] != records.records_digest(found):
+            raise CorruptStoreError(f"{self._files.name('manifest.json')}: not of these records.")
+        if list(self.chunks) != [record["chunks"] for record in found]:
             raise CorruptStoreError(f"{self._files.name('manifest.json')}: not of these records.")
         for shard in self.committed():
             self.read_shard_rows(shard)
@@ -227,13 +256,16 @@ class Store:
         context: np.ndarray,
         document: np.ndarray,
         offset: np.ndarray,
+        masked: np.ndarray | None = None,
     ) -> bool:
         """Writes one shard and then its commit record; False when it was committed already.
 
         Args:
           shard: index in [0, n_shards).
-          acts: [C, R, D] bfloat16 or a float type, in context order, kept positions only.
+          acts: [C, R, D] bfloat16 or a float type, in context order.
           tokens, context, document, offset: [C, T], [C], [C], [C] integers.
+          masked: [C, T] codes of `layout.MASKED`, 0 for a position that may be stored; None for no
+            mask. Rows with outlying norms are found here, see `StoreSpec.max_norm_ratio`.
 
         Raises:
           ValueError: wrong shape; NaN or infinity (counted, with the first document); or another
@@ -244,24 +276,17 @@ class Store:
         absent = self._files.absent(record_name)
         if absent is None:
             return False
-        rows_CRD = records.rounded_bits(self.path, self.spec, shard, acts)
-        records.refuse_non_finite(self.spec, shard, rows_CRD, document, lambda: self.documents)
-        columns = np.stack([context, document, offset], axis=1)
-        table = np.concatenate([columns, tokens], axis=1, dtype=np.uint32, casting="unsafe")
-        slots = np.arange(self.spec.contexts_per_shard)[None, :]
-        rows_RCD = rows_CRD[slots, self._order(shard).T]
-        flat = rows_RCD.reshape(-1, self.spec.d_model)
-        n, size = self.spec.contexts_per_shard, len(flat)
-        acts_view = self._acts[shard * size : (shard + 1) * size]
-        writes = {  # in flight while the digest and the sums are taken
-            "acts": acts_view.write(flat.view(ml_dtypes.bfloat16), **_BORROWED).commit,
-            "contexts": self._contexts[shard * n : (shard + 1) * n]
-            .write(table, **_BORROWED)
-            .commit,
-        }
-        pending = [Pending(w, self._files.name(f"{k}/c/{shard}/0")) for k, w in writes.items()]
-        digest = records.content_digest(rows_RCD, table)
-        record = records.shard_record(self.spec, shard, rows_CRD, digest)
+        content = Content.of(
+            self.spec,
+            shard,
+            acts,
+            tokens=tokens,
+            provenance=np.stack([context, document, offset], axis=1),
+            masked=masked,
+            name_of=lambda i: self.documents[i] if i < len(self.documents) else f"document {i}",
+        )
+        pending = self._start_writes(shard, content.bits_JCD, content.table)
+        record = content.record(self.spec, shard)  # while the writes are in flight
         for write in pending:
             write.result()
         won = self._files.write_if(record_name, record, absent)
@@ -286,70 +311,58 @@ class Store:
             self._files.write("manifest.json", manifest)
         return self.manifest
 
+    def _start_writes(self, shard: int, bits_JCD: np.ndarray, table: np.ndarray) -> list[Pending]:
+        n, size = self.spec.contexts_per_shard, self.spec.rows_per_shard
+        rows_ND = bits_JCD.reshape(-1, self.spec.d_model).view(ml_dtypes.bfloat16)
+        acts = self._acts[shard * size : shard * size + len(rows_ND)]
+        writes = {"contexts": self._contexts[shard * n : (shard + 1) * n].write(table, **_BORROWED)}
+        if len(rows_ND):
+            writes["acts"] = acts.write(rows_ND, **_BORROWED)
+        return [
+            Pending(write.commit, self._files.name(f"{key}/c/{shard}/0"))
+            for key, write in writes.items()
+        ]
+
+    def _count(self, shard: int) -> int:
+        return int(self.record(shard)["chunks"] if self._chunks is None else self._chunks[shard])
+
+    def _read_table(self, shard: int) -> np.ndarray:
+        n = self.spec.contexts_per_shard
+        name = f"{self._files.name(f'contexts/c/{shard}/0')} (shard {shard}, chunk 0)"
+        return Pending(self._contexts[shard * n : (shard + 1) * n].read(), name).result()
+
+    def _kept(self, table: np.ndarray) -> np.ndarray:
+        words_CW = table[:, CONTEXT_COLUMNS + self.spec.context_length :]
+        return layout.unpack_mask(words_CW, self.spec.rows_per_context)
+
+    def _places_of(self, shard: int, table: np.ndarray | None = None) -> np.ndarray:
+        if shard not in self._places:
+            kept_CR = self._kept(self._read_table(shard) if table is None else table)
+            order_CR = layout.position_order(self.spec.seed, shard, *kept_CR.shape)
+            self._places[shard] = layout.chunk_places(order_CR, kept_CR)
+            while len(self._places) > _PLACES_KEPT:
+                self._places.popitem(last=False)
+        return self._places[shard]
+
     def _read_ahead(self, shard: int) -> Iterator[np.ndarray]:
         pending: collections.deque[Pending] = collections.deque()
-        for j in range(self.spec.rows_per_context):
+        for j in range(self._count(shard)):
             pending.append(self.read_chunk(shard, j))
             if len(pending) > _READ_AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
-    def _order(self, shard: int) -> np.ndarray:
-        spec = self.spec
-        return position_order(spec.seed, shard, spec.contexts_per_shard, spec.rows_per_context)
 
-
-class _Files:
-    """The small files of a store, over any key-value store; JSON carries its own digest."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        text = os.fspath(path)
-        if "://" in text:
-            self.root = text.rstrip("/")
-            spec: Any = self.root + "/"
-        else:
-            self.root = os.path.abspath(os.path.expanduser(text))
-            spec = {"driver": "file", "path": self.root.rstrip("/") + "/"}
-        self._kvstore = wait(self.root, ts.KvStore.open(spec, context=_context()))
-
-    def name(self, key: str) -> str:
-        return f"{self.root}/{key}"
-
-    def array(self, key: str) -> Any:
-        return (self._kvstore / f"{key}/").spec().to_json()
-
-    def read(self, key: str) -> bytes | None:
-        found = wait(self.name(key), self._kvstore.read(key))
-        return bytes(found.value) if found.state == "value" else None
-
-    def read_json(self, key: str) -> dict[str, Any] | None:
-        data = self.read(key)
-        return None if data is None else records.unseal(data, self.name(key))
-
-    def write(self, key: str, content: Mapping[str, Any]) -> None:
-        wait(self.name(key), self._kvstore.write(key, records.seal(content)))
-
-    def absent(self, key: str) -> bytes | None:
-        """The generation that stands for "missing", or None when the file is there."""
-        found = wait(self.name(key), self._kvstore.read(key))
-        return None if found.state == "value" else found.stamp.generation
-
-    def write_if(self, key: str, content: Mapping[str, Any], absent: bytes) -> bool:
-        """Writes a file that is still missing; False when another writer was first."""
-        # `absent` comes from a read: if_equal=b"" would mean "always write".
-        write = self._kvstore.write(key, records.seal(content), if_equal=absent)
-        return wait(self.name(key), write).generation != b""
-
-    def write_once(self, key: str, content: Mapping[str, Any]) -> None:
-        absent = self.absent(key)
-        if absent is not None:
-            self.write_if(key, content, absent)
-
-    def commits(self) -> list[int]:
-        keys = wait(self.name("commits"), (self._kvstore / "commits/").list())
-        found = (re.fullmatch(r"(\d{6})\.json", key.decode()) for key in keys)
-        return sorted(int(match[1]) for match in found if match)
+def _open_files(path: str | os.PathLike[str]) -> Files:
+    text = os.fspath(path)
+    if "://" in text:
+        root = text.rstrip("/")
+        spec: Any = root + "/"
+    else:
+        root = os.path.abspath(os.path.expanduser(text))
+        spec = {"driver": "file", "path": root.rstrip("/") + "/"}
+    return Files(root, wait(root, ts.KvStore.open(spec, context=_context())))
 
 
 @functools.cache
@@ -358,11 +371,12 @@ def _context() -> Any:
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
 
-def _open_arrays(files: _Files, spec: StoreSpec, *, create: bool) -> tuple[Any, Any]:
+def _open_arrays(files: Files, spec: StoreSpec, *, create: bool) -> tuple[Any, Any]:
     n, rows = spec.contexts_per_shard, spec.rows_per_shard
-    columns = CONTEXT_COLUMNS + spec.context_length
-    acts = zarr_spec(files.array("acts"), "bfloat16", spec.n_shards, (rows, n), spec.d_model)
-    contexts = zarr_spec(files.array("contexts"), "uint32", spec.n_shards, (n, n), columns)
+    acts = layout.zarr_spec(files.array("acts"), "bfloat16", spec.n_shards, (rows, n), spec.d_model)
+    contexts = layout.zarr_spec(
+        files.array("contexts"), "uint32", spec.n_shards, (n, n), spec.columns
+    )
     return tuple(
         wait(
             f"{files.root}: array {name!r}",
@@ -370,6 +384,16 @@ def _open_arrays(files: _Files, spec: StoreSpec, *, create: bool) -> tuple[Any, 
         )
         for name, array in (("acts", acts), ("contexts", contexts))
     )
+
+
+def _create_arrays(files: Files, spec: StoreSpec) -> None:
+    try:
+        _open_arrays(files, spec, create=True)
+    except CorruptStoreError as error:
+        raise ValueError(
+            f"{files.root} holds the beginning of a store of another spec, without a spec.json "
+            f"({error}). Choose another path, or delete that store."
+        ) from error
 
 
 def _commit_name(shard: int) -> str:

@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from saejax.data import corpus
+from saejax.data import corpus, splits
 from saejax.data.corpus import TextConfig, read_documents
 
 
@@ -37,7 +37,7 @@ def test_the_python_library_splits_into_disjoint_parts():
 
 def test_a_name_is_held_out_by_its_hash_alone():
     # The embedded subject was trained with these held out; another rule would leak.
-    assert corpus.hash_fraction("sched.py") < 0.05 <= corpus.hash_fraction("ast.py")
+    assert splits.hash_fraction("sched.py") < 0.05 <= splits.hash_fraction("ast.py")
     _, few = both(TextConfig(held_out_percent=1))
     _, more = both(TextConfig(held_out_percent=5))
     assert {d.name for d in few} < {d.name for d in more}

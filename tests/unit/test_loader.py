@@ -98,7 +98,7 @@ def test_a_batch_has_no_two_rows_of_a_context(store, size):
 
 
 def test_chunk_order_spreads_what_cannot_be_distinct():
-    order = chunk_order(3, 8, 7, seed=0, epoch=0)
+    order = chunk_order([8] * 3, 7, seed=0, epoch=0)
     for batch in range(24 // 7):
         _, counts = np.unique(order[batch * 7 : batch * 7 + 7, 0], return_counts=True)
         assert counts.max() <= 4 and counts.min() >= 1
@@ -107,7 +107,7 @@ def test_chunk_order_spreads_what_cannot_be_distinct():
 
 def test_chunk_order_is_what_checkpoints_resume_into():
     """A change here would give a resumed run other batches than the interrupted one."""
-    assert chunk_order(3, 2, 2, seed=4, epoch=1).tolist() == [
+    assert chunk_order([2] * 3, 2, seed=4, epoch=1).tolist() == [
         [0, 1],
         [1, 0],
         [2, 1],

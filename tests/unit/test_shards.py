@@ -88,10 +88,11 @@ def test_a_chunk_holds_one_row_of_each_context_at_its_position(tmp_path):
             rows = store.read_chunk(shard, chunk).result()
             assert rows.shape == (4, 8)
             for slot in range(4):
-                position = store.position(shard, chunk, slot)
-                expected = acts[slot, position - SPEC.first_position]
+                context, position = (int(found[slot]) for found in store.where(shard, chunk))
+                expected = acts[context, position - SPEC.first_position]
                 np.testing.assert_array_equal(bits(rows[slot]), bits(expected))
-                seen.append((slot, position))
+                assert context == slot
+                seen.append((context, position))
         assert sorted(seen) == [(s, p) for s in range(4) for p in range(1, 6)]
     assert [shard for _, shard, _ in store.rows()] == [0] * 5 + [1] * 5 + [2] * 5
 
@@ -130,6 +131,15 @@ def test_another_spec_is_refused_naming_each_field(tmp_path):
     with pytest.raises(ValueError, match="d_model: stored 8, wanted 9"):
         open_store(tmp_path / "s", dataclasses.replace(SPEC, d_model=9), "w")
     assert SPEC.fingerprint() != other.fingerprint()
+
+
+def test_the_beginning_of_another_store_is_refused(tmp_path):
+    """A creator of another spec was killed between the array headers and spec.json."""
+    open_store(tmp_path / "s", SPEC, "w")
+    (tmp_path / "s" / "spec.json").unlink()
+    with pytest.raises(ValueError, match=r"beginning of a store of another spec.*acts.*delete"):
+        open_store(tmp_path / "s", dataclasses.replace(SPEC, d_model=9), "w")
+    finished(tmp_path / "s").verify()  # the same spec goes on
 
 
 def check_everything(path):

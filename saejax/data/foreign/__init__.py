@@ -1,0 +1,1 @@
+"""Activations made by other programs: one small file a format, behind `interface`."""
