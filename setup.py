@@ -15,12 +15,15 @@ ROOT = pathlib.Path(__file__).parent
 PACKAGES = [
     "saejax",
     "saejax.data",
+    "saejax.data.foreign",
     "saejax.evals",
     "saejax.gin",
     "saejax.latents",
     "saejax.model",
     "saejax.plan",
+    "saejax.processes",
     "saejax.subjects",
+    "saejax.subjects.families",
     "saejax.train",
     "saejax.viewer",
     "launch",
@@ -69,6 +72,10 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "hub": ["huggingface_hub>=0.30"],
+    # .zst and .parquet files, tokenizers other than GPT-2's, streamed datasets (4.0: no scripts).
+    "text": ["zstandard>=0.22", "pyarrow>=16", "tokenizers>=0.20", "datasets>=4.0"],
+    # Subject models without a decoder in JAX; PyTorch brings CUDA unless its CPU index is named.
+    "torch": ["torch>=2.6", "transformers>=5"],
     # What the benchmarks can race against; the README says what else and how.
     "bench": ["torch==2.13.0", "sae-lens==6.54.12", "eai-sparsify==1.3.3"],
 }

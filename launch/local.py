@@ -4,8 +4,8 @@
 
 What follows `--` goes to `python -m saejax.main` in every process. Each has its own CPU devices and
 finds the others at a free port of this machine. The output of process 0 is passed on; of another
-one, its errors when it fails. If one fails, all are ended, and its exit code is returned. Signals
-go to all: in training they stop and save (42), before or after it they end at once (143, or 130).
+one, its errors when it fails. If one fails, all are ended, and its exit code is returned: see
+`saejax/exits.py`. Signals go to all of them.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+from saejax import exits
+
 _HEARTBEAT_SECONDS = 10  # those that lose another one notice after so long, and say so
 _GRACE_SECONDS = 15  # longer than that
-_STOPPED = 42  # saejax.run.STOPPED: training was stopped and saved
 _LOST = " lost another process"  # saejax.processes says so
 _LINES_KEPT = 1000
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -69,6 +70,7 @@ def environment(index: int, count: int, devices: int, port: int) -> dict[str, st
         "SAEJAX_PROCESSES": str(count),
         "SAEJAX_PROCESS_ID": str(index),
         "SAEJAX_COORDINATOR": f"localhost:{port}",
+        "SAEJAX_LOCAL": "1",
         "SAEJAX_HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -158,7 +160,7 @@ class Group:
                 code = self._processes[index].poll()
                 if code is not None:
                     running.remove(index)
-                    failed += [index] if code not in (0, _STOPPED) else []
+                    failed += [index] if code not in (exits.DONE, exits.PREEMPTED) else []
             if failed and deadline is None:
                 deadline = time.monotonic() + _GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
@@ -168,7 +170,10 @@ class Group:
         for reader in self._readers:
             reader.join(timeout=1)
         # One that failed by itself, rather than because of another, if there is one.
-        causes = [i for i in failed if not any(_LOST in line for line in self._errors[i])] or failed
+        causes = [i for i in failed if not any(_LOST in line for line in self._errors[i])]
+        if not causes and exits.PREEMPTED in codes:  # the others lost the one that was preempted
+            return exits.PREEMPTED
+        causes = causes or failed
         self._tell(causes, codes)
         code = codes[causes[0]] if causes else max(codes)
         return 128 - code if code < 0 else code

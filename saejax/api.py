@@ -13,13 +13,15 @@ from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.arrays import ArraySource
 from saejax.data.loader import LoaderConfig
-from saejax.fit import fit, load
+from saejax.fit import fit
+from saejax.loading import load
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAE, SAEConfig
 from saejax.plan import resolve_mesh
 from saejax.recipe import Recipe
 from saejax.rundir import RunDirectory
 from saejax.sources import DataConfig, open_source
+from saejax.train.guard import GuardConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
@@ -40,15 +42,16 @@ def train(
     kernels: KernelConfig = KernelConfig(),
     loader: LoaderConfig = LoaderConfig(),
     checkpoint: CheckpointConfig = CheckpointConfig(),
+    guard: GuardConfig = GuardConfig(),
     workdir: str | pathlib.Path | None = None,
 ) -> SAE:
     """Trains an autoencoder.
 
     Args:
-      data: activations `[N, D]` in memory, or a `HarvestConfig`, `StoredConfig` or
-        `SyntheticConfig`.
-      sae, train, loss, optimizer, topk, mesh, kernels, loader, checkpoint: as in a gin file; the
-        defaults are the paper's, but for the capacity of a sharded top-k.
+      data: activations `[N, D]` in memory, or a `HarvestConfig`, `StoredConfig`, `StreamConfig`
+        or `SyntheticConfig`.
+      sae, train, loss, optimizer, topk, mesh, kernels, loader, checkpoint, guard: as in a gin
+        file; the defaults are the paper's, but for the capacity of a sharded top-k.
       workdir: run directory for activations, checkpoints and metrics; calling again with the same
         one and the same arguments continues the run. None uses a temporary folder and keeps
         nothing; several processes need one that all of them see.
@@ -70,6 +73,7 @@ def train(
         mesh=mesh,
         kernels=kernels,
         checkpoint=checkpoint,
+        guard=guard,
     )
     with processes.losses_named():
         processes.join()
@@ -100,8 +104,14 @@ def _train(data: Any, recipe: Recipe, loader: LoaderConfig, run: RunDirectory) -
     run.require_claim(token, f"process {processes.index()} of {processes.count()}")
     processes.meet("the run directory")  # nothing is compiled before all have seen it
     if stored:
-        source = open_source(data, recipe.sae, loader, batch_size, run.activations)
+        mesh = make_mesh(resolve_mesh(recipe, jax.devices()))
+        source = open_source(data, recipe.sae, loader, batch_size, run.activations, mesh)
         batches, identity = source.batches, source.identity
     return fit(
-        recipe, batches, identity=identity, checkpoints=run.checkpoints, write_to=run.path
+        recipe,
+        batches,
+        identity=identity,
+        checkpoints=run.checkpoints,
+        write_to=run.path,
+        config={"json": parts},
     ).sae

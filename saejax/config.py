@@ -13,7 +13,7 @@ import importlib
 import re
 import tokenize
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,15 @@ if not hasattr(gin, "register"):
 
 CONFIGURABLES: dict[str, str] = {
     "Experiment": "saejax.run:Experiment",
+    "HarvestRun": "saejax.harvest_run:HarvestRun",
+    "Several": "saejax.several:Several",
+    "Member": "saejax.several:Member",
     "Harvest": "saejax.subjects.harvest:HarvestConfig",
     "Stored": "saejax.sources:StoredConfig",
+    "Stream": "saejax.subjects.streaming:StreamConfig",
     "Synthetic": "saejax.data.synthetic:SyntheticConfig",
     "Text": "saejax.data.corpus:TextConfig",
+    "Tokens": "saejax.data.token_arrays:TokensConfig",
     "Loader": "saejax.data.loader:LoaderConfig",
     "SAE": "saejax.model.sae:SAEConfig",
     "Loss": "saejax.train.loss:LossConfig",
@@ -46,10 +51,15 @@ CONFIGURABLES: dict[str, str] = {
     "TopK": "saejax.capacity:TopKConfig",
     "Mesh": "saejax.mesh:MeshConfig",
     "Kernels": "saejax.train.spec:KernelConfig",
+    "Guard": "saejax.train.guard:GuardConfig",
+    "Watchdog": "saejax.watchdog:WatchdogConfig",
     "Checkpoint": "saejax.checkpoint:CheckpointConfig",
     "Evaluation": "saejax.evals.suite:EvaluationConfig",
     "Report": "saejax.viewer.report:ReportConfig",
 }
+
+ROOTS = ("Experiment", "HarvestRun", "Several")
+"""What a run may be; each has `plan` and `run`."""
 
 Table = Mapping[str, str]
 
@@ -59,16 +69,16 @@ def load_experiment(
     gin_bindings: Sequence[str] = (),
     *,
     table: Table = CONFIGURABLES,
-    root: str = "Experiment",
+    root: str | None = None,
 ) -> tuple[Any, str, dict[str, Any]]:
-    """Reads, checks and builds one experiment.
+    """Reads, checks and builds one run: an experiment, or a harvest alone.
 
     Args:
         gin_files: paths, found from the working directory, a checkout or the installed package;
             later files override earlier ones, and a file overrides what it includes.
         gin_bindings: further bindings that override every file.
         table: configurable name -> "module:class", imported only when needed.
-        root: the configurable to build.
+        root: the configurable to build; None for the one of `ROOTS` that has bindings.
 
     Returns:
         The object, its operative configuration as gin text (every field of every object, which
@@ -79,9 +89,19 @@ def load_experiment(
         ValueError: anything wrong inside one.
     """
     sources = _Reader(table).read(gin_files, gin_bindings)  # imports nothing: typos show at once
-    plan = Plan(inline_macros(merge(sources)), load_classes(table), root)
+    bindings = inline_macros(merge(sources))
+    root = root or _root_of(bindings.values())
+    plan = Plan(bindings, load_classes(table), root)
     built = _build(plan, root)
     return built, schema.operative_text(built, plan.names), schema.as_json(built, plan.names)
+
+
+def _root_of(bindings: Iterable[Binding]) -> str:
+    bound = {b.key[1]: b for b in bindings if b.key[1] in ROOTS}
+    if len(bound) > 1:
+        places = " and ".join(f"{b} ({b.where})" for b in bound.values())
+        raise ValueError(f"{places} are two runs; bind fields of one of {', '.join(ROOTS)}.")
+    return next(iter(bound), ROOTS[0])
 
 
 def load_classes(table: Table = CONFIGURABLES) -> dict[str, type]:

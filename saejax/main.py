@@ -1,14 +1,18 @@
-"""`python -m saejax.main --gin_file=gin/quickstart.gin`: flags, parse, run; see `run.py`."""
+"""`python -m saejax.main --gin_file=gin/quickstart.gin`: see `run.py` and `harvest_run.py`."""
 
 import logging
+import os
+import signal
 import sys
-import traceback
 from pathlib import Path
+
+if __name__ == "__main__":  # the first process of a container hears no signal without a handler
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(42))  # exits.PREEMPTED; nothing has begun
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from saejax import allocator, processes
+from saejax import allocator, ending, processes, watchdog
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string("gin_file", [], "Configuration file; a later one overrides.")
@@ -16,6 +20,8 @@ flags.DEFINE_multi_string("gin_bindings", [], "One binding, 'SAE.k = 32'; overri
 flags.DEFINE_string("workdir", None, "Run directory; default runs/<name of the first gin file>.")
 flags.DEFINE_bool("dry_run", False, "Print the configuration, shapes and costs, and stop.")
 flags.DEFINE_string("topology", None, "With --dry_run: plan for v5p:8x8x8, gpu:H100x512, cpu:8 ...")
+flags.DEFINE_bool("verify", False, "Check every byte of the run directory, print a table, stop.")
+flags.DEFINE_bool("allow_config_change", False, "Go on with a run of another configuration.")
 flags.DEFINE_bool("list_configurables", False, "Print everything a gin file can set, and stop.")
 flags.DEFINE_bool("debug", False, "Tracebacks of user errors and every library's log.")
 
@@ -29,6 +35,11 @@ def run(argv: list[str]) -> int:
     if FLAGS.list_configurables:
         print(config.list_configurables(), end="")
         return 0
+    workdir = FLAGS.workdir or (FLAGS.gin_file and Path("runs") / Path(FLAGS.gin_file[0]).stem)
+    if FLAGS.verify and workdir:
+        from saejax import verify
+
+        return verify.verify(Path(workdir))
     if not FLAGS.gin_file:
         shipped = ", ".join(config.shipped_files())
         raise ValueError(f"--gin_file is missing; name a file of yours or one of {shipped}")
@@ -38,36 +49,24 @@ def run(argv: list[str]) -> int:
     if FLAGS.dry_run:
         print(operative, experiment.plan(FLAGS.topology), sep="\n")
         return 0
-    workdir = Path(FLAGS.workdir or Path("runs") / Path(FLAGS.gin_file[0]).stem)
-    return experiment.run(workdir, operative_gin=operative, config_json=as_json, argv=sys.argv)
+    change = {"allow_config_change": True} if FLAGS.allow_config_change else {}
+    about = {"operative_gin": operative, "config_json": as_json, "argv": sys.argv}
+    return experiment.run(Path(workdir), **about, **change)
 
 
 def main(argv: list[str]) -> int:
-    """`run` with user errors as one line on stderr and exit code 1; 130 when interrupted."""
+    """`run` with user errors as one line on stderr; the codes of `exits.py`."""
     if not FLAGS.debug:  # our progress lines, and of the libraries only what is wrong
         absl_logging.set_verbosity(absl_logging.WARNING)
         absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
         logging.getLogger("saejax").setLevel(logging.INFO)
     allocator.keep_freed_memory()
+    if not (FLAGS.dry_run or FLAGS.verify):
+        watchdog.start()
     try:
-        return run(argv)
-    except KeyboardInterrupt:
-        print("saejax: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
-        if FLAGS.debug:
-            raise
-        print(f"saejax: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    root = Path(__file__).resolve().parents[1]
-    ours = any(root / name in origin.parents for name in ("saejax", "pallas_kernels"))
-    # A library's ValueError may be our fault, not the user's: say how to see where it came from.
-    return text + ("" if ours or isinstance(error, OSError) else " (--debug shows where)")
+        return ending.code_of(lambda: run(argv), debug=FLAGS.debug)
+    finally:
+        watchdog.stop()
 
 
 def console() -> None:

@@ -24,7 +24,12 @@ _SPECS = {
     "latent_bias": P(LATENT),
     "pre_bias": P(),
     "tokens_since_fired": P(LATENT),
+    "recent": P(),
 }
+# A subject model's matrices by part: the axis that is split over 'latent'. Outputs of q, k, v, gate
+# and up, inputs of o and down, so that only o and down need a sum between devices.
+_SUBJECT_AXIS = {"q": -1, "k": -1, "v": -1, "gate": -1, "up": -1, "o": 0, "down": 0}
+_SUBJECT_AXIS |= {"embed": 0, "head": -1}
 _TOKENS = P((DATA, LATENT), None)
 _REPLICATED = P()
 
@@ -128,6 +133,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(grid, (DATA, LATENT))
 
 
+def subject_mesh(mesh: Mesh, shards: int) -> Mesh:
+    """The devices of a mesh in the same order, `shards` neighbours along 'latent'.
+
+    Raises:
+      ValueError: the devices do not divide by `shards`.
+    """
+    if mesh.size % shards:
+        raise ValueError(
+            f"Harvest.subject_shards = {shards} does not divide the {mesh.size} devices of the mesh"
+        )
+    return Mesh(mesh.devices.reshape(-1, shards), (DATA, LATENT))
+
+
 def count_slices(devices: Sequence[jax.Device]) -> int:
     """Number of slices, whose devices share a fast interconnect; 1 where there is no such thing."""
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -185,9 +203,40 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
+def subject_sharding(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]) -> NamedSharding:
+    """Sharding of a subject model's parameter: split over 'latent', replicated over 'data'.
+
+    Norms, positions, biases of what is summed, and whatever does not divide, are replicated.
+
+    Args:
+      mesh: the mesh.
+      path: keys from the root of the parameter tree, as ('layers', 3, 'q', 'kernel').
+      shape: of the parameter.
+    """
+    part = path[-2] if len(path) > 1 else path[-1]
+    axis = _SUBJECT_AXIS.get(part)
+    if axis == 0 and path[-1] == "bias":
+        axis = None
+    if axis is None or shape[axis] % mesh.shape[LATENT]:
+        return NamedSharding(mesh, _REPLICATED)
+    spec = [None] * len(shape)
+    spec[axis] = LATENT
+    return NamedSharding(mesh, P(*spec))
+
+
 def token_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch `[B, D]`: rows over every device of the mesh."""
     return NamedSharding(mesh, _TOKENS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole."""
+    return NamedSharding(mesh, _REPLICATED)
+
+
+def subject_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a subject model's batch `[B, T]`: rows over 'data', the same for all 'latent'."""
+    return NamedSharding(mesh, P(DATA, None))
 
 
 def per_device(

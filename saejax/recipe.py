@@ -7,6 +7,7 @@ from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.sae import SAEConfig
+from saejax.train.guard import GuardConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
@@ -18,7 +19,7 @@ class Recipe:
     """The parts of a configuration that training reads; checks that they fit each other.
 
     Attributes:
-      sae, train, loss, optimizer, topk, mesh, kernels, checkpoint: the configurations.
+      sae, train, loss, optimizer, topk, mesh, kernels, checkpoint, guard: the configurations.
     """
 
     sae: SAEConfig
@@ -29,6 +30,7 @@ class Recipe:
     mesh: MeshConfig = MeshConfig()
     kernels: KernelConfig = KernelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         self.check_mesh(self.mesh.shape or MeshShape())

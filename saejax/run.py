@@ -11,28 +11,31 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from saejax import plan, processes
+from saejax import exits, plan, processes, watchdog
 from saejax.capacity import TopKConfig
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.loader import LoaderConfig
+from saejax.data.storage import describe_store, describe_stream, plan_store
 from saejax.data.synthetic import SyntheticConfig
 from saejax.evals import recovery
 from saejax.evals.metrics import LatentStatistics
 from saejax.evals.rows import code_rows
 from saejax.evals.suite import EvaluationConfig, evaluate, format_table
-from saejax.fit import Fitted, StopSignal, fit
+from saejax.fit import Fitted, fit
 from saejax.mesh import MeshConfig, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.recipe import Recipe
 from saejax.rundir import RunDirectory, write_json
 from saejax.sources import Source, StoredConfig, check_width, open_source
 from saejax.subjects.harvest import HarvestConfig
+from saejax.subjects.streaming import StreamConfig
+from saejax.train.guard import GuardConfig
 from saejax.train.hooks import format_seconds
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
@@ -40,13 +43,11 @@ from saejax.train.optim import OptimizerConfig
 from saejax.train.spec import KernelConfig
 from saejax.viewer import publish
 from saejax.viewer.report import ReportConfig
+from saejax.watchdog import WatchdogConfig
+from saejax.wishes import StopSignal
 
 _LOG = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 4096
-
-DONE = 0
-STOPPED = 42
-"""Exit codes: all stages ran; training was stopped by a signal after saving (run it again)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,15 @@ class Experiment:
     """One run: data, model, recipe, evaluation.
 
     Attributes:
-      data: where activations come from: harvested, stored before, or synthetic.
+      data: where activations come from: harvested, stored before, streamed, or synthetic.
       sae: the autoencoder.
       train: length and batching.
-      loss, optimizer, topk, mesh, kernels, loader, checkpoint: see there.
+      loss, optimizer, topk, mesh, kernels, loader, checkpoint, guard, watchdog: see there.
       evaluation: held-out figures; None stops after training.
       report: the HTML page; None leaves it out.
     """
 
-    data: HarvestConfig | StoredConfig | SyntheticConfig
+    data: HarvestConfig | StoredConfig | StreamConfig | SyntheticConfig
     sae: SAEConfig
     train: TrainConfig
     loss: LossConfig = LossConfig()
@@ -72,6 +73,8 @@ class Experiment:
     kernels: KernelConfig = KernelConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     evaluation: EvaluationConfig | None = EvaluationConfig()
     report: ReportConfig | None = ReportConfig()
 
@@ -96,6 +99,7 @@ class Experiment:
             mesh=self.mesh,
             kernels=self.kernels,
             checkpoint=self.checkpoint,
+            guard=self.guard,
         )
 
     def plan(self, topology: str | None = None) -> str:
@@ -104,7 +108,24 @@ class Experiment:
         Args:
           topology: hardware to plan for; None is what is present.
         """
-        return plan.report(self.recipe(), topology)
+        report = plan.report(self.recipe(), topology)
+        return "\n".join([report, *self._plan_data()])
+
+    def _plan_data(self) -> list[str]:
+        """The activations of this run, stored or streamed; none of synthetic ones."""
+        if isinstance(self.data, SyntheticConfig):
+            return []
+        tokens, length, per_shard = self.train.tokens, 64, 1024
+        if isinstance(self.data, HarvestConfig):
+            tokens = self.data.tokens or tokens
+            length, per_shard = self.data.context_length, self.data.contexts_per_shard
+        elif isinstance(self.data, StreamConfig):
+            length = self.data.harvest.context_length
+        width = self.sae.d_model
+        stored = plan_store(tokens, [width], length, contexts_per_shard=per_shard)
+        encoder = 2.0 * width * self.sae.n_latents
+        streamed = describe_stream(self.train.batch_size, width, encoder)
+        return ["", *describe_store(stored), "", *streamed]
 
     def run(
         self,
@@ -113,6 +134,7 @@ class Experiment:
         operative_gin: str,
         config_json: Mapping[str, Any],
         argv: Sequence[str],
+        allow_config_change: bool = False,
     ) -> int:
         """Harvests and trains what is missing; evaluates and reports anew.
 
@@ -121,20 +143,22 @@ class Experiment:
           operative_gin: the configuration as gin text, kept in the directory.
           config_json: the same as JSON; decides whether a run is the same.
           argv: the command line, kept in the directory.
+          allow_config_change: continue a run of another configuration, and keep what changed.
 
         Returns:
-          `DONE`, or `STOPPED` if a signal ended training early.
+          `exits.DONE`, or `exits.PREEMPTED` if a signal ended training early, after saving.
 
         Raises:
           ValueError, OSError: bad configuration or data; the message says what to do.
         """
         began = time.monotonic()
         run = RunDirectory(workdir)
+        watchdog.configure(self.watchdog)
         with processes.losses_named():
-            processes.join()
-            code = self._stages(run, operative_gin, config_json, argv)
+            processes.join(config_json)
+            code = self._stages(run, operative_gin, config_json, argv, allow_config_change)
             processes.part()
-        if code == DONE:
+        if code == exits.DONE:
             _LOG.info("done in %s: %s", format_seconds(time.monotonic() - began), run.path)
         else:
             _LOG.info("stopped and saved; the same command continues")
@@ -146,33 +170,74 @@ class Experiment:
         operative_gin: str,
         config_json: Mapping[str, Any],
         argv: Sequence[str],
+        allow_change: bool,
     ) -> int:
-        def claim() -> str:
+        self.claim(run, operative_gin, config_json, argv, allow_change)
+        processes.meet("the run directory")  # nothing is compiled before all have seen it
+        harvests = isinstance(self.data, HarvestConfig | StreamConfig)
+        with watchdog.phase("harvest" if harvests else "start"):
+            mesh = make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
+            source = open_source(
+                self.data, self.sae, self.loader, self.train.batch_size, run.activations, mesh
+            )
+        config = {"json": config_json, "gin": operative_gin}
+        with StopSignal().listening() as stop_requested:
+            fitted = self.fit(run, source, source.batches, stop_requested, config, allow_change)
+        if fitted.stopped:
+            return exits.PREEMPTED
+        self.measure(run, source, fitted, operative_gin)
+        return exits.DONE
+
+    def claim(
+        self,
+        run: RunDirectory,
+        operative_gin: str,
+        config_json: Mapping[str, Any],
+        argv: Sequence[str],
+        allow_change: bool,
+    ) -> None:
+        """Makes the run directory this run's own, for all processes; see `RunDirectory.claim`."""
+
+        def lead() -> str:
             # Too few devices: found before the harvest, not after it.
-            token = run.claim(config_json, operative_gin, argv)
+            token = run.claim(config_json, operative_gin, argv, allow_change=allow_change)
             make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
             return token
 
-        token = processes.lead("claim of the run directory", claim)
+        token = processes.lead("claim of the run directory", lead)
         run.require_claim(token, f"process {processes.index()} of {processes.count()}")
-        processes.meet("the run directory")  # nothing is compiled before all have seen it
-        source = open_source(
-            self.data, self.sae, self.loader, self.train.batch_size, run.activations
-        )
-        with StopSignal().listening() as stop_requested:
-            fitted = fit(
+
+    def fit(
+        self,
+        run: RunDirectory,
+        source: Source,
+        batches: Any,
+        stop_requested: Callable[[], bool],
+        config: Mapping[str, Any],
+        allow_change: bool,
+    ) -> Fitted:
+        """Trains on `batches`, which are those of the source or another way to them."""
+        with run.change_accepted():
+            return fit(
                 self.recipe(),
-                source.batches,
+                batches,
                 identity=source.identity,
                 checkpoints=run.checkpoints,
                 write_to=run.path,
                 stop_requested=stop_requested,
+                config=config,
+                allow_config_change=allow_change,
             )
-        if fitted.stopped:
-            return STOPPED
+
+    def measure(
+        self, run: RunDirectory, source: Source, fitted: Fitted, operative_gin: str
+    ) -> None:
+        """Evaluates and reports, in one process while the others wait, if that is configured."""
         if self.evaluation is not None:
-            processes.lead("evaluation", lambda: self._measure(source, fitted, run, operative_gin))
-        return DONE
+            with watchdog.phase("evaluation"):
+                processes.lead(
+                    "evaluation", lambda: self._measure(source, fitted, run, operative_gin)
+                )
 
     def _measure(
         self, source: Source, fitted: Fitted, run: RunDirectory, operative_gin: str

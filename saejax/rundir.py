@@ -1,20 +1,26 @@
 """The run directory: what lies where, and the refusal to mix two runs in one."""
 
+import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
+import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from saejax import __version__
 from saejax.schema import config_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+_LOG = logging.getLogger(__name__)
+_NO_RESULT = ("kernels", "watchdog")
+_PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.partial$")
 
 
 class RunDirectory:
@@ -40,12 +46,27 @@ class RunDirectory:
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
+        self._replaced: dict[pathlib.Path, str] = {}
 
-    def claim(self, config_json: Mapping[str, Any], operative_gin: str, argv: Sequence[str]) -> str:
+    def claim(
+        self,
+        config_json: Mapping[str, Any],
+        operative_gin: str,
+        argv: Sequence[str],
+        *,
+        allow_change: bool = False,
+    ) -> str:
         """Takes the folder for this configuration, or joins the run of the same one in it.
 
         A start that failed before it made anything (a misspelt path, say) claims nothing: the
         corrected configuration may take its place.
+
+        Args:
+          config_json: the configuration; decides whether a run is the same.
+          operative_gin: the same as gin text, kept in the folder.
+          argv: the command line, kept in the folder.
+          allow_change: take over a run of another configuration: what changed is logged, and kept
+            in run.json.
 
         Returns:
           The token of this start, for `require_claim` in the other processes.
@@ -54,24 +75,28 @@ class RunDirectory:
           ValueError: the folder holds a run of another configuration, or files of something else.
           OSError: the folder cannot be created or written.
         """
+        config_json, changed = json.loads(json.dumps(config_json)), []  # lists for tuples
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             present = sorted(entry.name for entry in self.path.iterdir())
             ours = (self.config_gin, self.config_json, self.run_json)
-            claimed = {path.name + end for path in ours for end in ("", ".partial")}
+            claimed = {path.name for path in ours}
             # A claim writes config.gin first: a lone config.json is another program's.
             begun = not present or self.config_gin.name in present[0]
-            if not (begun and set(present) <= claimed):
+            if not (begun and {_PARTIAL.sub("", name) for name in present} <= claimed):
                 if not self.config_json.exists():
                     more = ", ..." if len(present) > 4 else ""
                     raise ValueError(
                         f"workdir = {self.path} is not empty ({', '.join(present[:4])}{more}) and "
                         f"holds no run; give an empty or new --workdir"
                     )
-                self._refuse_other_run(config_json)
+                changed = self._changes(config_json, allow_change)
+            if changed:
+                kept = [path for path in (self.config_gin, self.config_json) if path.exists()]
+                self._replaced = {path: path.read_text(encoding="utf-8") for path in kept}
             write_text(self.config_gin, operative_gin)
             write_json(self.config_json, config_json)
-            return self._log_start(argv)
+            return self._log_start(argv, changed)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise type(error)(
                 f"workdir = {self.path} cannot be written ({error.strerror or error}); "
@@ -82,6 +107,16 @@ class RunDirectory:
                 f"workdir = {self.path} cannot be written ({error.strerror or error}); "
                 f"give a --workdir you may write to"
             ) from error
+
+    @contextlib.contextmanager
+    def change_accepted(self) -> Iterator[None]:
+        """Puts the configuration back that a claim replaced, if a ValueError comes from inside."""
+        try:
+            yield
+        except ValueError:
+            for path, text in self._replaced.items():
+                write_text(path, text)
+            raise
 
     def require_claim(self, token: str, who: str, seconds: float = 20) -> None:
         """Waits until the claim that process 0 has just made can be seen in this folder.
@@ -112,21 +147,28 @@ class RunDirectory:
         except (OSError, ValueError):  # not there yet, or of something else
             return False
 
-    def _refuse_other_run(self, new: Mapping[str, Any]) -> None:
-        changed = config_differences(_result_of(read_object(self.config_json)), _result_of(new))
-        if changed:
+    def _changes(self, new: Mapping[str, Any], allow: bool) -> list[str]:
+        """What differs from the run that the folder holds, if that is allowed."""
+        changed = config_differences(result_of(read_object(self.config_json)), result_of(new))
+        if changed and not allow:
             shown = "; ".join(changed[:8]) + ("; ..." if len(changed) > 8 else "")
             raise ValueError(
                 f"workdir = {self.path} holds a run of another configuration ({shown}); restore "
-                f"these bindings to continue it, or give another --workdir"
+                f"these bindings to continue it, give another --workdir, or go on with the change "
+                f"with --allow_config_change"
             )
+        for line in changed:
+            _LOG.warning("changed in this run, as --allow_config_change says: %s", line)
+        return changed
 
-    def _log_start(self, argv: Sequence[str]) -> str:
+    def _log_start(self, argv: Sequence[str], changed: Sequence[str]) -> str:
         starts, token = [], secrets.token_hex(8)
         if self.run_json.exists():
             starts = read_object(self.run_json).get("starts", [])
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         starts.append({"time": now, "argv": list(argv), "token": token})
+        if changed:
+            starts[-1]["changed"] = list(changed)
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         content = {
             "versions": {"saejax": __version__, **versions},  # a checkout need not be installed
@@ -138,9 +180,10 @@ class RunDirectory:
         return token
 
 
-def _result_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def result_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's result: not how it is computed, which may change with the machine."""
-    return {part: value for part, value in config.items() if part != "kernels"}
+    parts = {part: value for part, value in config.items() if part not in _NO_RESULT}
+    return parts | ({"recipe": result_of(parts["recipe"])} if "recipe" in parts else {})
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -159,7 +202,8 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    # Of a name of its own: several processes may start a harvest in one folder at once.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

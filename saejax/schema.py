@@ -50,7 +50,8 @@ def nearest(word: str, candidates: Iterable[str], shown: Mapping[str, str] | Non
     exact = known.get(word.casefold())
     if exact not in (None, word):
         return f" Did you mean {names[exact]}? Names are case-sensitive."
-    close = difflib.get_close_matches(word.casefold(), known, n=3, cutoff=0.6)
+    alike = [c for c in known if abs(len(c) - len(word)) <= max(2, len(word) // 2)]
+    close = difflib.get_close_matches(word.casefold(), alike, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(names[known[c]] for c in close)}?" if close else ""
 
 

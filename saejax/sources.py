@@ -1,14 +1,18 @@
 """From a data configuration to everything the stages of a run read from it."""
 
 import dataclasses
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from saejax import watchdog
+from saejax.data.layout import CONTEXT_COLUMNS
 from saejax.data.loader import Loader, LoaderConfig
 from saejax.data.shards import Store, open_store
 from saejax.data.synthetic import Synthetic, SyntheticConfig
@@ -18,8 +22,12 @@ from saejax.model.sae import SAEConfig
 from saejax.subjects.base import Subject
 from saejax.subjects.harvest import HarvestConfig, harvest
 from saejax.subjects.hf import load_subject
+from saejax.subjects.streaming import SiteBatches, StreamConfig, open_stream
+
+_LOG = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 8192
+_SAMPLE_ROWS = 65_536  # of a stream, for its mean and the PCA baseline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,7 @@ class StoredConfig:
     subject: str | None = None
 
 
-DataConfig = HarvestConfig | StoredConfig | SyntheticConfig
+DataConfig = HarvestConfig | StoredConfig | StreamConfig | SyntheticConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +52,11 @@ class Source:
     """What the stages read.
 
     Attributes:
-      batches: training batches: `iterate(start_step, ranges=...)`, `sample_rows(n)`, `d_model`.
+      batches: training batches: `iterate(start_step, ranges=...)`, `sample_rows(n)`, `d_model`,
+        `tokens_per_epoch`.
       held_out: starts a pass over blocks of raw held-out activations `[..., D]`.
-      train_rows: starts a pass over training activations, for the PCA baseline.
+      train_rows: starts a pass over training activations, or a sample of them, for the PCA
+        baseline.
       identity: fingerprints of the data; a resumed run must find the same.
       contexts: starts a pass over held-out contexts with their activations; None if there is no
         text behind the data.
@@ -75,6 +85,7 @@ def open_source(
     loader: LoaderConfig,
     batch_size: int,
     activations: pathlib.Path,
+    mesh: Mesh,
 ) -> Source:
     """Opens the data of a run; harvests first what is not stored yet.
 
@@ -84,6 +95,7 @@ def open_source(
       loader: how stored activations are drawn.
       batch_size: tokens per step.
       activations: where a harvest stores them.
+      mesh: of the training; streamed activations are made on it.
 
     Raises:
       ValueError: the activations have another width than SAE.d_model, or do not fit the batch.
@@ -91,6 +103,9 @@ def open_source(
     if isinstance(config, SyntheticConfig):
         check_width(sae, config.d_model, "Synthetic.d_model")
         return _synthetic_source(config, batch_size)
+    if isinstance(config, StreamConfig):
+        site = config.harvest.site
+        return open_streams(config, {site: sae}, batch_size, activations, mesh)[site]
     if isinstance(config, StoredConfig):
         root = config.path.rstrip("/")
         train, held_out = (open_store(f"{root}/{split}") for split in ("train", "held_out"))
@@ -106,7 +121,8 @@ def open_source(
             batch_size=batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-        )
+            log=watchdog.beating(_LOG.info),
+        )[config.site]
     for store in (train, held_out):
         check_width(sae, store.spec.d_model, f"the store at {store.path}")
     _check_same_origin(train, held_out)
@@ -160,23 +176,93 @@ def _stored_source(
             f"{subject.fingerprint}; give the same weights"
         )
 
+    return _text_source(
+        held_out,
+        subject,
+        batches=Loader(train, batch_size, loader),
+        train_rows=lambda: (chunk for chunk, _, _ in train.rows()),
+        mean_D=np.asarray(train.manifest["mean"]),
+        identity={"train": train.manifest["sha256"]},
+    )
+
+
+def open_streams(
+    config: StreamConfig,
+    saes: Mapping[str, SAEConfig],
+    batch_size: int,
+    activations: pathlib.Path,
+    mesh: Mesh,
+) -> dict[str, Source]:
+    """Opens the sites of one stream, which share its forward passes; by site.
+
+    Args:
+      config: the stream.
+      saes: for the width of each site.
+      batch_size: tokens per step.
+      activations: where the held-out activations are stored.
+      mesh: of the training.
+
+    Raises:
+      ValueError: see `open_source`.
+    """
+    sites = tuple(saes)
+    held_out = dataclasses.replace(config.held_out, site=sites[0], sites=sites[1:])
+    subject = load_subject(held_out.subject)
+    for site, sae in saes.items():
+        subject.check_site(site)
+        check_width(sae, subject.width(site), f"site {site} of {subject.name}")
+    stored = harvest(
+        held_out,
+        os.fspath(activations),
+        subject=subject,
+        splits=("held_out",),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        log=watchdog.beating(_LOG.info),
+    )
+    stream, identity = open_stream(config, subject, sites, batch_size, mesh)
+    sources = {}
+    for site in sites:
+        batches = SiteBatches(stream, site, subject.width(site))
+        # Now, while all processes are here: evaluation is the work of one.
+        rows = batches.sample_rows(min(_SAMPLE_ROWS, stream.tokens_per_epoch))
+        sources[site] = _text_source(
+            stored[site][0],
+            subject,
+            batches=batches,
+            train_rows=lambda rows=rows: iter([rows]),
+            mean_D=rows.astype(np.float64).mean(0),
+            identity=identity,
+        )
+    return sources
+
+
+def _text_source(
+    held_out: Store,
+    subject: Subject | None,
+    *,
+    batches: Any,
+    train_rows: Callable[[], Iterator[np.ndarray]],
+    mean_D: np.ndarray,
+    identity: dict[str, str],
+) -> Source:
+    """A source whose held-out activations are stored, with the text behind them."""
+    spec = held_out.spec
+
     def inputs() -> DownstreamInputs:
         return DownstreamInputs(
             subject=subject,
-            contexts=(block.tokens for block in contexts_of(held_out)),
+            contexts=tokens_of(held_out),
             site=spec.site,
-            mean=np.asarray(train.manifest["mean"]),
+            mean=mean_D,
             first_position=spec.first_position,
         )
 
     return Source(
-        batches=Loader(train, batch_size, loader),
-        held_out=lambda: (block.rows for block in contexts_of(held_out)),
-        train_rows=lambda: (chunk for chunk, _, _ in train.rows()),
-        identity={
-            "train": train.manifest["sha256"],
-            "held_out": held_out.manifest["sha256"],
-        },
+        batches=batches,
+        held_out=lambda: (block.stored_rows() for block in contexts_of(held_out)),
+        train_rows=train_rows,
+        identity=identity | {"held_out": held_out.manifest["sha256"]},
         contexts=lambda: contexts_of(held_out),
         documents=held_out.documents,
         subject=subject,
@@ -195,4 +281,11 @@ def contexts_of(store: Store) -> Iterator[ContextBlock]:
             document=rows.document,
             offset=rows.offset,
             ids=rows.context.astype(np.int64),
+            stored=rows.stored,
         )
+
+
+def tokens_of(store: Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All contexts of a store without their activations: tokens and mask `[C, T]`, by shard."""
+    for shard in store.committed():
+        yield store.read_contexts(shard)[:, CONTEXT_COLUMNS:], store.read_mask(shard)

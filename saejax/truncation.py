@@ -17,7 +17,7 @@ import numpy as np
 from saejax.data.shards import open_store
 from saejax.data.synthetic import Synthetic, SyntheticConfig
 from saejax.evals.truncation import format_table, truncation
-from saejax.fit import load
+from saejax.loading import load
 from saejax.rundir import RunDirectory, read_object, write_json
 from saejax.sources import contexts_of
 
@@ -51,7 +51,7 @@ def held_out(run: RunDirectory, activations: str | None = None) -> Iterator[np.n
         activations = data["path"]
     root = str(run.activations if activations is None else activations).rstrip("/")
     for block in contexts_of(open_store(f"{root}/held_out")):
-        yield block.rows
+        yield block.stored_rows()
 
 
 def measure(

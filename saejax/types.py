@@ -30,17 +30,35 @@ class Latents:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardState:
+    """What steps are judged by, and the count of those that changed something.
+
+    Attributes:
+      recent: `[2, W]` float32, loss and gradient norm of the newest accepted steps; number i of
+        them, from 0, lies at i mod W.
+      updates: int32, accepted steps: updates of the parameters, and of Adam's and the EMA's counts.
+      skipped_in_a_row: int32, steps skipped since the last accepted one.
+    """
+
+    recent: jax.Array
+    updates: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
     """Everything a training step reads and writes; saved whole in every checkpoint.
 
     Attributes:
-      step: int32 scalar, steps done.
+      step: int32 scalar, steps done, skipped ones too: the position in the data and the schedule.
       params: float32 master parameters.
       opt_state: optax state; its leaves carry the names and shardings of `params`.
       ema: running average of `params` (without bias correction), or None.
       tokens_since_fired: `[L]` int32, saturating.
       variance: float32 scalar, E||x - E x||^2 of the normalised initial sample; the constant that
         turns squared error into normalised MSE (Gao et al. 2024, App. A.6).
+      guard: see there.
     """
 
     step: jax.Array
@@ -49,6 +67,7 @@ class TrainState:
     ema: Params | None
     tokens_since_fired: jax.Array
     variance: jax.Array
+    guard: GuardState
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +91,8 @@ class StepMetrics:
       token_shard_pairs: number of pairs, to divide by; float32.
       grad_norm: global norm of the gradient after projection, before clipping.
       learning_rate: the rate this update used.
+      skipped: 1 if the guard left the update out.
+      skipped_in_a_row: steps skipped up to this one, it included.
     """
 
     tokens: jax.Array
@@ -88,3 +109,5 @@ class StepMetrics:
     token_shard_pairs: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array

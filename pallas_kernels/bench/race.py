@@ -26,7 +26,7 @@ _PAUSE = 0.01  # seconds, in which OpenMP's threads stop spinning
 _TIMED_BATCHES = 8
 _SAMPLE, _HELD_OUT = 16_384, 16_384
 _DEAD_SHARE_OF_RACE = 20  # a latent is dead after this part of the tokens
-_SITES = ("1.resid_post", "1.mlp_act")  # of the embedded language model
+_SITES = ("1.resid_post", "1.mlp_hidden")  # of the embedded language model
 _STORED, _CONTEXTS = 1_200_000, 1024
 
 
@@ -53,6 +53,7 @@ def _source(shape: Shape, tokens: int, folder: str) -> tuple[Any, str]:
     """Activations of the embedded language model if it has a site as wide, else synthetic ones."""
     from saejax.data.loader import LoaderConfig
     from saejax.data.synthetic import SyntheticConfig
+    from saejax.mesh import MeshShape, make_mesh
     from saejax.model.sae import SAEConfig
     from saejax.sources import open_source
     from saejax.subjects.harvest import HarvestConfig
@@ -78,7 +79,8 @@ def _source(shape: Shape, tokens: int, folder: str) -> tuple[Any, str]:
         )
     sae = SAEConfig(d_model=shape.d, n_latents=shape.n, k=shape.k)
     where = pathlib.Path(folder) / "activations"
-    return open_source(config, sae, LoaderConfig(), shape.tokens, where), described
+    mesh = make_mesh(MeshShape())
+    return open_source(config, sae, LoaderConfig(), shape.tokens, where, mesh), described
 
 
 def _build(terms: trainers.Terms) -> dict[str, trainers.Trainer]:

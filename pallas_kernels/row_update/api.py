@@ -37,11 +37,14 @@ class RowScalars(NamedTuple):
       learning_rate: float32.
       step: int32, 1 at the first update.
       scale: float32 factor of the gradient, for clipping.
+      accept: bool; where it is False, everything stays as it was, bit for bit, whatever the
+        gradient holds. None is True.
     """
 
     learning_rate: jax.Array
     step: jax.Array
     scale: jax.Array
+    accept: jax.Array | None = None
 
 
 class RowUpdated(NamedTuple):
@@ -51,7 +54,8 @@ class RowUpdated(NamedTuple):
       w_LD, mu_LD, nu_LD: as they came.
       ema_LD: None without an average.
       copy_LD: `w_LD` in the compute dtype; None if none was asked for.
-      squared_norm_L: of every row's gradient, projected but not scaled; float32 or wider.
+      squared_norm_L: of every row's gradient, projected but not scaled, accepted or not; float32
+        or wider.
     """
 
     w_LD: jax.Array
@@ -126,4 +130,4 @@ def in_dtype(scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
         wider = scalar.dtype == jnp.float64 and dtype != jnp.float64
         return scalar.astype(jnp.float32) if wider else scalar
 
-    return RowScalars(*(narrow(scalar) for scalar in scalars))
+    return jax.tree.map(narrow, scalars)

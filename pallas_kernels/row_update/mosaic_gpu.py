@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_rows
 
@@ -109,18 +110,21 @@ def update_rows(gradient, given, state: State, scalars, settings, copy_dtype, ex
 
 
 class Rates(NamedTuple):
-    """float32 scalars: the learning rate, the gradient's scale, and the moments' corrections."""
+    """float32 scalars: the learning rate, the gradient's scale, the moments' corrections, and
+    whether to update at all (1) or to leave everything as it is (0)."""
 
     learning_rate: Any
     scale: Any
     correct_mu: Any
     correct_nu: Any
+    accept: Any
 
 
 def _factors(scalars, settings) -> jax.Array:
     step = scalars.step.astype(jnp.float32)
     corrections = (1 / (1 - beta**step) for beta in (settings.beta1, settings.beta2))
-    rates = Rates(scalars.learning_rate, scalars.scale, *corrections)
+    accept = True if scalars.accept is None else scalars.accept
+    rates = Rates(scalars.learning_rate, scalars.scale, *corrections, accept)
     return jnp.stack([jnp.asarray(rate, jnp.float32) for rate in rates])
 
 
@@ -161,6 +165,25 @@ def update_row(
     if settings.project:
         g = _project(g, old, spans)
     squared_norm = gpu_rows.total(chunk * chunk for chunk in g)
+
+    # The state is updated in place: what is not written stays.
+    @pl.when(rates.accept > 0)
+    def _accepted():
+        _write(g, old, state, copy_LD, row, rates, settings, spans)
+
+    if copy_LD is not None:
+
+        @pl.when(rates.accept == 0)
+        def _skipped():
+            for _, (start, size) in spans:
+                chunk = gpu_rows.load_chunk(state.w_LD, row, start, size)
+                gpu_rows.store(copy_LD, row, start, (chunk,))
+
+    return squared_norm
+
+
+def _write(g, old: Old, state: State, copy_LD, row, rates: Rates, settings, spans) -> None:
+    """The new state of one row whose gradient, projected, is g."""
     w = []
     for at in range(0, len(g), _CHUNKS_TOGETHER):
         some = spans[at : at + _CHUNKS_TOGETHER]
@@ -184,7 +207,6 @@ def update_row(
     for ref, chunks in ((state.w_LD, w), (copy_LD, w), (state.ema_LD, averages)):
         if ref is not None:
             gpu_rows.store(ref, row, 0, tuple(chunks))
-    return squared_norm
 
 
 def _project(g, old: Old, spans) -> gpu_rows.Row:

@@ -46,6 +46,7 @@ def row_update(w_LD, g_LD, mu_LD, nu_LD, ema_LD, scalars, *, settings, copy_dtyp
             jnp.asarray(scalars.scale, jnp.float32),
             1 - settings.beta1**step,
             1 - settings.beta2**step,
+            jnp.asarray(True if scalars.accept is None else scalars.accept, jnp.float32),
         ]
     )
     state = [w_LD, mu_LD, nu_LD, *([] if ema_LD is None else [ema_LD])]
@@ -100,6 +101,8 @@ def _kernel(settings, has_ema: bool, has_copy: bool, numbers, g_RD, *refs):
         some = pl.ds(first, _ROWS)
         values = [ref[some] for ref in state]
         updated, norm_r1 = _update(settings, numbers, g_RD[some].astype(jnp.float32), *values)
+        accept = numbers[4] > 0
+        updated = [jnp.where(accept, new, old) for new, old in zip(updated, values, strict=True)]
         for ref, value in zip(out, updated):
             ref[some] = value
         if has_copy:

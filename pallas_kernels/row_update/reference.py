@@ -1,10 +1,12 @@
 """Plain definition of the update, matrix by matrix."""
 
+import jax
 import jax.numpy as jnp
 
 
 def row_update(w_LD, g_LD, mu_LD, nu_LD, ema_LD, scalars, *, settings, copy_dtype=None):
     """See `pallas_kernels.row_update.api.row_update`."""
+    old = (w_LD, mu_LD, nu_LD, ema_LD)
     g_LD = g_LD.astype(w_LD.dtype)
     if settings.project:
         unit_LD = _unit_rows(w_LD)
@@ -21,6 +23,11 @@ def row_update(w_LD, g_LD, mu_LD, nu_LD, ema_LD, scalars, *, settings, copy_dtyp
         w_LD = _unit_rows(w_LD)
     if ema_LD is not None:
         ema_LD = settings.ema_decay * ema_LD + (1 - settings.ema_decay) * w_LD
+    if scalars.accept is not None:
+        new = (w_LD, mu_LD, nu_LD, ema_LD)
+        w_LD, mu_LD, nu_LD, ema_LD = jax.tree.map(
+            lambda a, b: jnp.where(scalars.accept, a, b), new, old
+        )
     copy_LD = None if copy_dtype is None else w_LD.astype(copy_dtype)
     return w_LD, mu_LD, nu_LD, ema_LD, copy_LD, squared_norm_L
 

@@ -27,6 +27,8 @@ class ContextBlock:
 
     Attributes:
       rows: raw activations ``[C, R, D]``; the last R of each context's T positions.
+      stored: ``[C, R]``, whether there is an activation; where not (masked: BOS, padding, outlying
+        norms) the row is zeros and no latent counts as active. None: everywhere.
       tokens: token ids ``[C, T]``.
       document: document number ``[C]``, an index into the names of the text.
       offset: index of the context's first token in its document ``[C]``.
@@ -38,6 +40,12 @@ class ContextBlock:
     document: np.ndarray
     offset: np.ndarray
     ids: np.ndarray
+    stored: np.ndarray | None = None
+
+    def stored_rows(self) -> np.ndarray:
+        """The activations alone: ``[C, R, D]`` where all are stored, otherwise ``[N, D]``."""
+        whole = self.stored is None or self.stored.all()
+        return self.rows if whole else self.rows[self.stored]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +195,7 @@ def _pieces(block: ContextBlock) -> Iterable[ContextBlock]:
             document=block.document[part],
             offset=block.offset[part],
             ids=block.ids[part],
+            stored=None if block.stored is None else block.stored[part],
         )
 
 
@@ -216,9 +225,11 @@ def top_examples(
     slot_L = jnp.asarray(slot_L)
     result: TopExamples | None = None
     for block in (piece for whole in blocks for piece in _pieces(whole)):
-        value_SCR = _chosen_values(sae, jnp.asarray(block.rows), slot_L, len(latents))
+        value_SCR = np.asarray(_chosen_values(sae, jnp.asarray(block.rows), slot_L, len(latents)))
+        if block.stored is not None:
+            value_SCR = np.where(block.stored, value_SCR, 0)
         empty = TopExamples.empty(latents, top, block.tokens.shape[1])
-        part = _examples_of(block, np.asarray(value_SCR), empty)
+        part = _examples_of(block, value_SCR, empty)
         result = part if result is None else result.merge(part)
     if result is None:
         raise ValueError("contexts: 0; allowed: at least 1; harvest held-out text")

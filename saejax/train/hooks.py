@@ -1,10 +1,12 @@
-"""What watches a training run: metrics, progress, non-finite stop."""
+"""What watches a training run: metrics, skipped steps, progress."""
 
 import json
 import logging
 import math
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,41 +16,129 @@ from saejax.types import StepMetrics
 _LOG = logging.getLogger(__name__)
 
 
-class Window:
-    """Sums of the steps since the last record; ratios are taken once, in float64."""
+class DivergedError(RuntimeError):
+    """So many steps in a row were skipped that training must go back.
 
-    def __init__(self, variance: float):
-        """`variance` turns squared error into normalised MSE."""
+    Attributes:
+      first, last: the skipped steps.
+      loss, grad_norm: of the last one; the loss is the normalised MSE.
+    """
+
+    @property
+    def finite(self) -> bool:
+        """Whether the numbers of the last step are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def __init__(self, first: int, last: int, loss: float, grad_norm: float):
+        """Describes them in the message, with their batches: step s reads batch s - 1."""
+        self.first, self.last = first, last
+        self.loss, self.grad_norm = loss, grad_norm
+        super().__init__(
+            f"steps {first} to {last} were skipped (batches {first - 1} to {last - 1}; at the last "
+            f"one loss = {loss:.6g}, gradient norm = {grad_norm:.6g})"
+        )
+
+
+class Window:
+    """Sums of the accepted steps since the last record; ratios are taken once, in float64.
+
+    Attributes:
+      in_a_row: steps skipped since the last accepted one, as far as they were counted.
+    """
+
+    def __init__(
+        self,
+        variance: float,
+        state: Mapping[str, Any] | None = None,
+        *,
+        most_in_a_row: int | None = None,
+    ):
+        """Begins a window, or goes on with one.
+
+        Args:
+          variance: turns squared error into normalised MSE.
+          state: of the window to go on with.
+          most_in_a_row: skipped steps at which training must go back; None is never.
+        """
+        begin = {"seconds": 0.0, "waited": 0.0, "skipped": 0, "in_a_row": 0, "steps": []}
+        state = begin if state is None else state
         self._variance = variance
+        self._most = most_in_a_row
+        self._skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self._bad = (math.nan, math.nan)  # loss and gradient norm of the last skipped step
         self._pending: tuple[int, StepMetrics] | None = None
-        self._steps: list[StepMetrics] = []
-        self._started = time.monotonic()
+        self._steps = [StepMetrics(**step) for step in state["steps"]]
+        self._started = time.monotonic() - state["seconds"]
+        self._waited = state["waited"]
+
+    def state(self) -> dict[str, Any]:
+        """What is summed so far, exactly, as JSON; to be called after `settle`."""
+        return {
+            "seconds": time.monotonic() - self._started,
+            "waited": self._waited,
+            "skipped": self._skipped,
+            "in_a_row": self.in_a_row,
+            "steps": [
+                {name: np.asarray(value).item() for name, value in vars(step).items()}
+                for step in self._steps
+            ],
+        }
+
+    def wait(self, seconds: float) -> None:
+        """Counts time in which the loop waited for activations."""
+        self._waited += seconds
 
     def add(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of step `step`, still on the device; counts those of the one before.
 
         Raises:
-          FloatingPointError: the loss of the step before is not finite.
+          DivergedError: too many steps in a row were skipped.
         """
         self.settle()
         self._pending = (step, metrics)
 
-    def settle(self) -> None:
-        """Waits for the last step and counts it; raises FloatingPointError as `add` does."""
-        if self._pending is not None:
-            step, metrics = self._pending
-            metrics = jax.device_get(metrics)
-            check_finite(metrics, step)
-            self._steps.append(metrics)
-            self._pending = None
+    def diverged(self, step: int) -> DivergedError:
+        """What to raise after `step`, the last of those skipped in a row."""
+        return DivergedError(step - self.in_a_row + 1, step, *self._bad)
 
-    def close(self, step: int, n_latents: int, tokens_total: int) -> dict[str, float]:
-        """The record of the window, which starts anew.
+    def settle(self) -> None:
+        """Waits for the last step and counts it; raises DivergedError as `add` does."""
+        if self._pending is not None:
+            (step, metrics), self._pending = self._pending, None
+            metrics = jax.device_get(metrics)
+            self.in_a_row = int(metrics.skipped_in_a_row)
+            if metrics.skipped:
+                self._skip(step, metrics)
+            else:
+                self._steps.append(metrics)
+
+    def _skip(self, step: int, metrics: StepMetrics) -> None:
+        self._skipped += 1
+        loss = float(metrics.squared_error) / (float(metrics.tokens) * self._variance)
+        norm = float(metrics.grad_norm)
+        _LOG.warning(
+            "step %d (batch %d) skipped, its loss or gradient being %s: loss = %.6g, gradient "
+            "norm = %.6g; %d in a row",
+            step,
+            step - 1,
+            "a spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite",
+            loss,
+            norm,
+            self.in_a_row,
+        )
+        self._bad = loss, norm
+        if self._most is not None and self.in_a_row >= self._most:
+            raise self.diverged(step)
+
+    def close(self, step: int, n_latents: int, tokens_total: int) -> dict[str, float] | None:
+        """The record of the window, which starts anew; None, and it goes on, if all was skipped.
 
         Raises:
           ValueError: the window is empty.
         """
         self.settle()
+        if not self._steps and self._skipped:
+            return None
         if not self._steps:
             raise ValueError(f"no step to report at step {step}")
         total = jax.tree.map(lambda *leaves: np.sum(leaves, dtype=np.float64), *self._steps)
@@ -68,26 +158,14 @@ class Window:
             "reselected": total.reselected / total.token_shard_pairs,
             "grad_norm": float(last.grad_norm),
             "learning_rate": float(last.learning_rate),
+            "skipped": self._skipped,
+            "skipped_in_a_row": self.in_a_row,
             "tokens_per_second": total.tokens / seconds,
+            "wait_share": self._waited / seconds,
         }
-        self._steps, self._started = [], time.monotonic()
+        self._steps, self._started, self._waited = [], time.monotonic(), 0.0
+        self._skipped = 0
         return {name: float(value) for name, value in record.items()}
-
-
-def check_finite(metrics: StepMetrics, step: int) -> None:
-    """Stops a run whose loss or gradient is no number.
-
-    Raises:
-      FloatingPointError: naming the step, whose state is not saved.
-    """
-    for name in ("squared_error", "grad_norm"):
-        value = float(getattr(metrics, name))
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} = {value} at step {step} must be finite; the activations hold a "
-                f"non-finite value or training diverged: lower Optimizer.learning_rate or set "
-                f"Optimizer.clip_norm, and train in another workdir"
-            )
 
 
 class MetricsWriter:

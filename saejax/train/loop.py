@@ -2,13 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from saejax.mesh import MeshShape
-from saejax.train import hooks
+from saejax.train import guard, hooks
 from saejax.types import TrainState
 
 
@@ -80,17 +81,25 @@ class Watch:
     """What the loop reports to.
 
     Attributes:
-      save: writes a checkpoint.
-      save_every: steps between checkpoints; the last step is always saved.
+      save: writes a checkpoint of a state and of the open window (`hooks.Window.state`).
+      save_due: asked every step, after `stop_requested`, whether to save it; the last step is
+        always saved. Raises what befell a save in the background. Among several processes its
+        answer must be the same in all.
       write: takes each metrics record.
       stop_requested: asked once a step, after it was dispatched; among several processes its answer
         must be the same in all.
+      window: the open window of the checkpoint that training goes on from.
+      rollback_after: skipped steps in a row that end the loop with `hooks.DivergedError`.
+      enter: told what comes next, "compile", "step" or "save", for a watchdog.
     """
 
-    save: Callable[[TrainState], None]
-    save_every: int
+    save: Callable[[TrainState, dict[str, Any]], None]
+    save_due: Callable[[int], bool]
     write: Callable[[dict[str, float]], None]
     stop_requested: Callable[[], bool]
+    window: Mapping[str, Any] | None = None
+    rollback_after: int | None = None
+    enter: Callable[[str], None] = lambda phase: None
 
 
 def run_steps(
@@ -105,8 +114,10 @@ def run_steps(
 
     Order of events, per step: dispatch step i; read batch i + 1 and start its transfer; check and
     count the metrics of step i - 1; record if due; save if due. All but the record and the save
-    overlap with step i. A state is saved only after its own metrics were found finite. When asked
-    to stop, the current step is finished and saved.
+    overlap with step i. A state is saved only after its own metrics were counted, and none among
+    skipped steps: a save that is due then follows the next accepted one. When asked to stop, the
+    current step is finished and saved, with the sums of the window that is open: the records of a
+    run are the same, but for the times in them, however often it was stopped.
 
     Args:
       step_fn: the compiled step.
@@ -120,34 +131,60 @@ def run_steps(
       The last state; its step tells whether training was stopped early.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      DivergedError: too many steps in a row were skipped; or the last ones, by bad weights.
       ValueError: the batches ended too soon.
     """
     first, variance = int(state.step), float(state.variance)
     n_latents = state.tokens_since_fired.shape[0]
     last, started = config.steps, time.monotonic()
-    window = hooks.Window(variance)
-    source = iter(batches)
+    window = hooks.Window(variance, watch.window, most_in_a_row=watch.rollback_after)
+    source = _timed(iter(batches), window)
     arriving = _next(source, place, first, last)
-    block = _must_block(arriving)
+    block, late = _must_block(arriving), False
+    watch.enter("compile")
     for done in range(first + 1, last + 1):
         state, metrics = step_fn(state, arriving)
+        watch.enter("step")
         arriving = _next(source, place, done, last)
         if block:
             jax.block_until_ready(metrics)
         window.add(done, metrics)
         ending = watch.stop_requested() or done == last
-        if ending or done % config.log_every == 0:
+        due = watch.save_due(done) or ending or late
+        if done == last or done % config.log_every == 0:
             record = window.close(done, n_latents, done * config.batch_size)
-            watch.write(record)
-            seconds_left = (time.monotonic() - started) / (done - first) * (last - done)
-            hooks.log_progress(record, last, seconds_left)
-        if ending or done % watch.save_every == 0:
-            window.settle()
-            watch.save(state)
+            if record is not None:
+                watch.write(record)
+                seconds_left = (time.monotonic() - started) / (done - first) * (last - done)
+                hooks.log_progress(record, last, seconds_left)
+        late = due and not _saved(state, window, watch, ending)
         if ending:
             break
     return state
+
+
+def _saved(state: TrainState, window: hooks.Window, watch: Watch, ending: bool) -> bool:
+    """Saves the state, unless its step was skipped and others follow; whether it did."""
+    window.settle()
+    if window.in_a_row and not ending:
+        return False
+    if window.in_a_row and not guard.all_finite(state.params):
+        raise window.diverged(int(state.step))
+    watch.enter("save")
+    watch.save(state, window.state())
+    watch.enter("step")
+    return True
+
+
+def _timed(source: Iterator[np.ndarray], window: hooks.Window) -> Iterator[np.ndarray]:
+    """The same batches; the time they take to come is time that the loop waits."""
+    while True:
+        began = time.monotonic()
+        rows = next(source, None)
+        window.wait(time.monotonic() - began)
+        if rows is None:
+            return
+        yield rows
 
 
 def _next(

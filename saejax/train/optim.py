@@ -116,12 +116,12 @@ def update_ema(ema: Params, params: Params, decay: float) -> Params:
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
 
-def corrected_ema(ema: Params, decay: float, step: int) -> Params:
+def corrected_ema(ema: Params, decay: float, updates: int) -> Params:
     """The average without the pull of its zero start, as Adam corrects its moments.
 
     Raises:
       ValueError: no step has been averaged yet.
     """
-    if step < 1:
-        raise ValueError(f"step = {step}: no weights have been averaged yet")
-    return jax.tree.map(lambda a: a / (1 - decay**step), ema)
+    if updates < 1:
+        raise ValueError(f"updates = {updates}: no weights have been averaged yet")
+    return jax.tree.map(lambda a: a / (1 - decay**updates), ema)

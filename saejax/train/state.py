@@ -11,6 +11,7 @@ from saejax import mesh as mesh_lib
 from saejax.model.init import geometric_median, init_params, match_scale
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE, SAEConfig
+from saejax.train import guard
 from saejax.train.optim import OptimizerConfig, corrected_ema, renormalize_decoder
 from saejax.types import Params, TrainState
 
@@ -55,6 +56,7 @@ def build_state(
         ema=None if optimizer.ema_decay is None else jax.tree.map(jnp.zeros_like, params),
         tokens_since_fired=jnp.zeros(config.n_latents, jnp.int32),
         variance=variance.astype(jnp.float32),
+        guard=guard.fresh(),
     )
 
 
@@ -124,9 +126,9 @@ def export(
 
     It stays on `mesh`, if one is given: nothing gathers its latents.
     """
-    params, step = state.params, int(state.step)
-    if state.ema is not None and step > 0:
-        params = corrected_ema(state.ema, optimizer.ema_decay, step)
+    params, updates = state.params, int(state.guard.updates)
+    if state.ema is not None and updates > 0:
+        params = corrected_ema(state.ema, optimizer.ema_decay, updates)
         if optimizer.unit_norm_decoder:
             # An average of unit vectors is shorter than one.
             params = renormalize_decoder(params)

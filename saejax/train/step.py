@@ -1,6 +1,5 @@
 """One training step: gradients on each device's shards, then the update, in one program."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train import optim
 from saejax.train.dense import dense_gradients
+from saejax.train.guard import GuardConfig
 from saejax.train.loss import (
     COUNTER_LIMIT,
     LossConfig,
@@ -24,8 +24,8 @@ from saejax.train.loss import (
     add_reconstruction,
 )
 from saejax.train.spec import KernelConfig, StepSpec, step_spec
-from saejax.train.update import apply_by_optax, apply_gradients
-from saejax.types import Params, StepMetrics, TrainState
+from saejax.train.update import Judged, apply_by_optax, apply_gradients
+from saejax.types import GuardState, Params, StepMetrics, TrainState
 
 # Dead latents are gathered into a block of the first capacity that holds them.
 _AUXK_CAPACITY_GROWTH = 8
@@ -218,6 +218,7 @@ def make_step(
     steps: int,
     data_exchange: str = "auto",
     kernels: KernelConfig = KernelConfig(),
+    guard: GuardConfig = GuardConfig(),
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]:
     """The undecorated step `(state, raw activations [B, D]) -> (state, metrics)`; see `jit_step`.
 
@@ -229,17 +230,14 @@ def make_step(
       steps: of the whole training, for the schedule.
       data_exchange: see `MeshConfig`.
       kernels: how the gradients are computed.
+      guard: which steps are skipped.
 
     Raises:
       ValueError: the loss settings do not fit the model.
     """
     shape, device = mesh_lib.shape_of(mesh), mesh.devices.flat[0]
     spec = step_spec(
-        sae,
-        loss,
-        topk,
-        normalizer,
-        shape,
+        *(sae, loss, topk, normalizer, shape),
         batch_tokens=batch_tokens,
         chunks=chunks,
         platform=device.platform,
@@ -253,15 +251,18 @@ def make_step(
         gradients, since_L, sums = gradients_of(state, x_BD, spec, mesh)
         if not sae.latent_bias:
             gradients |= {"latent_bias": jnp.zeros_like(gradients["latent_bias"])}
-        state = dataclasses.replace(state, tokens_since_fired=since_L)
         learning_rate = jnp.asarray(rate(state.step))
+        judged = Judged(sums["squared_error"] / (batch_tokens * state.variance), guard)
         if dense:
             tx = optimizer.transformation(sae.n_latents, steps)
-            state, grad_norm = apply_by_optax(state, gradients, tx, optimizer)
+            state, grad_norm = apply_by_optax(state, gradients, since_L, judged, tx, optimizer)
         else:
-            state, grad_norm = apply_gradients(state, gradients, learning_rate, optimizer, mesh)
+            state, grad_norm = apply_gradients(
+                state, gradients, since_L, judged, learning_rate, optimizer, mesh
+            )
         rates = {"grad_norm": grad_norm, "learning_rate": learning_rate.astype(jnp.float32)}
-        return state, StepMetrics(**_counts(batch_tokens, shape.latent), **rates, **sums)
+        counts = _counts(batch_tokens, shape.latent) | _skips(state.guard)
+        return state, StepMetrics(**counts, **rates, **sums)
 
     return _traced_for(device, kernels, step)
 
@@ -271,6 +272,12 @@ def _counts(batch_tokens: int, shards: int) -> dict[str, jax.Array]:
         "tokens": jnp.asarray(batch_tokens, jnp.int32),
         "token_shard_pairs": jnp.asarray(batch_tokens * shards, jnp.float32),
     }
+
+
+def _skips(guard: GuardState) -> dict[str, jax.Array]:
+    """Of the last step, and of those up to it."""
+    row = guard.skipped_in_a_row
+    return {"skipped": (row > 0).astype(jnp.int32), "skipped_in_a_row": row}
 
 
 def _traced_for(device: jax.Device, kernels: KernelConfig, step: Callable) -> Callable:

@@ -11,6 +11,8 @@ from saejax import config, main
 from saejax.plan.hardware import parse_topology
 
 SHIPPED = config.shipped_files()
+HARVEST = "gin/harvest.gin"  # the one that trains nothing
+TRAINING = [name for name in SHIPPED if name != HARVEST]
 HARDWARE = sorted(
     f"gin/hardware/{f.name}" for f in config.find_file("gin/base.gin").parent.glob("hardware/*.gin")
 )
@@ -63,7 +65,8 @@ def test_the_header_says_what_it_is_and_how_to_run_it(name, dry_run):
     assert command[0] == f"--gin_file={name}"
     # For hardware that is not there the plan may compile for minutes, where a compiler is.
     left_out = ("--dry_run", "--topology")
-    assert "parameters" in dry_run([flag for flag in command if not flag.startswith(left_out)])
+    heading = "activations stored" if name == HARVEST else "parameters"
+    assert heading in dry_run([flag for flag in command if not flag.startswith(left_out)])
 
 
 @pytest.mark.parametrize("name", HARDWARE)
@@ -83,7 +86,7 @@ def test_a_hardware_file_overrides_the_run_files_it_names(name, tmp_path):
         config.load_experiment([name])
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_dry_run_prints_the_configuration_and_the_costs(name, dry_run, tmp_path):
     operative, _, plan = dry_run([f"--gin_file={name}"]).partition("\n\nmesh ")
     built, text, _ = config.load_experiment([name])
@@ -92,6 +95,22 @@ def test_a_dry_run_prints_the_configuration_and_the_costs(name, dry_run, tmp_pat
     assert config.load_experiment([str(tmp_path / "again.gin")])[0] == built
     for heading in ("parameters", "bytes per device", "FLOPs per token", "training", "rate"):
         assert re.search(rf"^{heading}", plan, re.MULTILINE), heading
+
+
+def test_the_data_of_a_run_is_planned_beside_it(dry_run):
+    plan = dry_run(["--gin_file=gin/gpt4_16m.gin", "--gin_bindings=Mesh.mesh_shape = (1, 512)"])
+    assert re.search(r"^  bytes +983 TB: activations 983 TB", plan, re.MULTILINE)
+    assert re.search(r"^  swap buffer +8,388,608 rows .*: 206 GB$", plan, re.MULTILINE)
+    assert "the encoder takes 412 GFLOP a token" in plan
+    assert "activations stored" not in dry_run(["--gin_file=gin/synthetic.gin"])
+
+
+def test_a_harvest_is_planned_on_paper(dry_run):
+    """The command in the file's header for a store of 40 B x 12288."""
+    (flags,) = re.findall(r"^# (--dry_run --gin_bindings.*)$", header(HARVEST), re.MULTILINE)
+    given = shlex.split(flags.removeprefix("--dry_run "))
+    operative, _, plan = dry_run([f"--gin_file={HARVEST}", *given]).partition("\n\ntrain: ")
+    assert "HarvestRun.width = 12288" in operative and "983 TB" in plan and "1,860,120" in plan
 
 
 @pytest.mark.parametrize("name", SIZES)

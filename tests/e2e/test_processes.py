@@ -79,7 +79,8 @@ def final_state(workdir: pathlib.Path, step: int = STEPS):
 def assert_same_training(a: pathlib.Path, b: pathlib.Path) -> None:
     """The same selections in every step, hence states that differ by the rounding of sums."""
     (ours, ours_about), (theirs, theirs_about) = final_state(a), final_state(b)
-    assert ours_about == theirs_about
+    for name in ours_about.keys() - {"arrays", "config", "files", "mesh", "window"}:
+        assert ours_about[name] == theirs_about[name], name
     np.testing.assert_array_equal(ours.tokens_since_fired, theirs.tokens_since_fired)
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     for mine, other in pairs:
@@ -144,7 +145,7 @@ def test_there_is_one_set_of_logs(one, two):
     workdir, printed = two
     assert [record["step"] for record in records(workdir)] == list(range(4, STEPS + 1, 4))
     for mine, theirs in zip(records(one), records(workdir), strict=True):
-        for name in mine.keys() - {"tokens_per_second"}:
+        for name in mine.keys() - {"tokens_per_second", "wait_share"}:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert len(json.loads((workdir / "run.json").read_text())["starts"]) == 1
@@ -172,10 +173,11 @@ def test_a_stop_is_agreed_and_the_run_goes_on_in_another_number_of_processes(one
     assert process.returncode == 42, printed
     assert "SIGTERM: finishing the step" in printed and "stopped and saved" in printed
     (step,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert records(workdir)[-1]["step"] == step < STEPS
+    assert records(workdir)[-1]["step"] <= step < STEPS
     printed = launch(1, 8, *flags(workdir, **{"Experiment.report": None}))
     assert f"resuming at step {step}" in printed
     assert_same_training(one, workdir)
+    assert [record["step"] for record in records(workdir)] == list(range(4, STEPS + 1, 4))
 
 
 def test_another_configuration_is_refused_once(two):
@@ -232,12 +234,15 @@ def test_one_that_never_starts_is_one_line(tmp_path):
         ]
         for index, ((process,), port) in enumerate(present):
             out, errors = process.communicate(timeout=120)
-            assert process.returncode == 1, errors
-            assert out == "" and errors == (
-                f"saejax: error: process {index} of 2 (coordinator localhost:{port}) waited 2 s "
-                f"for all 2 to start; start the missing ones with the same SAEJAX_COORDINATOR and "
-                f"SAEJAX_PROCESSES, or wait longer with SAEJAX_WAIT_SECONDS\n"
-            )
+            assert process.returncode == 124, errors
+            assert (
+                out == ""
+                and errors.count("\n") == 1
+                and errors.startswith(
+                    f"saejax: error: process {index} of 2 (coordinator localhost:{port}) waited 2 s "
+                    f"for process {1 - index} to start"
+                )
+            ), errors
     assert not (tmp_path / "run").exists()
 
 
@@ -252,7 +257,7 @@ def test_one_that_is_killed_ends_the_others_with_one_line(tmp_path, victim):
         began = time.monotonic()
         out, errors = survivor.communicate(timeout=60)
         assert time.monotonic() - began < 30
-        assert survivor.returncode == 1 and out == "", errors
+        assert survivor.returncode == 124 and out == "", errors
         told = [line for line in errors.splitlines() if not line.startswith("step ")]
         assert len(told) == 1, errors
         assert told[0].startswith(f"saejax: error: process {1 - victim} of 2")
@@ -274,7 +279,7 @@ def test_an_unshared_workdir_with_an_old_run_is_refused_before_training(tmp_path
         for index, folder in enumerate(folders)
     ]  # fmt: skip
     errors = [process.communicate(timeout=120)[1] for process in processes[::-1]][::-1]
-    assert [process.returncode for process in processes] == [1, 1], errors
+    assert [process.returncode for process in processes] == [124, 1], errors
     assert errors[1].startswith(f"saejax: error: workdir = {folders[1]} of process 1 of 2 on ")
     assert "give all processes the same --workdir" in errors[1] and errors[1].count("\n") == 1
     assert "process 0 of 2" in errors[0] and "lost another process" in errors[0]

@@ -69,7 +69,9 @@ def test_commands_parse_and_build(command):
         b or c for b, c in re.findall(r"--gin_bindings=(?:\"([^\"]*)\"|'([^']*)')", command)
     ]
     known = {"gin_file", "gin_bindings", "workdir", "dry_run", "list_configurables", "debug"} | {
-        "topology"
+        "verify",
+        "allow_config_change",
+        "topology",
     }
     assert set(re.findall(r"--(\w+)", command)) <= known
     if "--list_configurables" not in command:

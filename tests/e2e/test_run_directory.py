@@ -17,6 +17,7 @@ from absl import flags
 import saejax
 from saejax import config, main
 from saejax.evals.suite import evaluate
+from saejax.mesh import MeshShape, make_mesh
 from saejax.sources import open_source
 
 PROMISED = {
@@ -30,7 +31,10 @@ PROMISED = {
     "kl",
     "tokens",
 }
-RECORD = {"step", "tokens", "nmse", "l0", "dead_fraction", "tokens_per_second", "learning_rate"}
+RECORD = {
+    "step", "tokens", "nmse", "l0", "dead_fraction", "tokens_per_second", "wait_share",
+    "learning_rate",
+}  # fmt: skip
 
 
 def read(path: pathlib.Path):
@@ -151,6 +155,7 @@ def test_evaluation_does_not_depend_on_its_batches(small_run):
         experiment.loader,
         experiment.train.batch_size,
         small_run.path / "activations",
+        make_mesh(MeshShape()),
     )
     sae = saejax.load(small_run.path)
     odd = dataclasses.replace(
@@ -227,12 +232,13 @@ def copy(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "home")
 
     def command(*bindings: str) -> int:
+        """Bindings, and flags, which begin with a dash."""
         flags.FLAGS.unparse_flags()
-        given = [*small_run.flags, *(f"--gin_bindings={b}" for b in bindings)]
+        more = [b if b.startswith("-") else f"--gin_bindings={b}" for b in bindings]
         try:
-            return main.main(flags.FLAGS(["saejax", *given]))
+            return main.main(flags.FLAGS(["saejax", *small_run.flags, *more]))
         finally:
-            for name in ("gin_file", "gin_bindings"):
+            for name in ("gin_file", "gin_bindings", "verify", "allow_config_change"):
                 flags.FLAGS[name].unparse()
 
     return tmp_path / "home/runs/quickstart", command
@@ -264,7 +270,7 @@ def test_what_was_deleted_is_made_again_and_equal(copy):
     """Every stage starts from what the one before it left."""
     folder, command = copy
     before = digests(folder, *RESULTS)
-    for name in ("evaluation.json", "report.html", "checkpoints/120/commit_success.txt"):
+    for name in ("evaluation.json", "report.html"):
         (folder / name).unlink()
     shutil.rmtree(folder / "figures")
     shutil.rmtree(folder / "checkpoints/120")
@@ -273,10 +279,37 @@ def test_what_was_deleted_is_made_again_and_equal(copy):
     after = digests(folder, *RESULTS)
     kept = {name for name in before if not name.startswith("checkpoints/120/")}
     changed = {name for name in kept if after.get(name) != before[name]}
-    # The last record covers fewer steps than it did, and the curves show it.
+    # Times are others, and the curves show them.
     assert changed <= {
         "metrics.jsonl", "report.html", "figures/curves.png", "figures/overview.png",
     }  # fmt: skip
+
+
+def test_verify_finds_what_is_damaged_and_training_survives_it(copy, capsys):
+    folder, command = copy
+    before = digests(folder, *RESULTS)
+    assert command("--verify") == 0
+    table = capsys.readouterr().out
+    for what in ("checkpoint 120: ", "params.w_dec", "activations/train ", "activations/held_out "):
+        assert what in table
+    assert digests(folder, *RESULTS) == before, "it changes nothing"
+    payload = max((folder / "checkpoints/120").rglob("*"), key=lambda p: p.stat().st_size)
+    store = max((folder / "activations/train").rglob("*"), key=lambda p: p.stat().st_size)
+    for file in (payload, store):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert command("--verify") == 1
+    table = capsys.readouterr().out
+    assert f"{payload} has CRC-32" in table and "2 damaged" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("activations/train ")]
+    assert "sound" not in line
+    data[len(data) // 2] ^= 1
+    store.write_bytes(data)
+    assert command() == 0
+    assert (folder / "checkpoints/120.damaged-1").is_dir()
+    after = digests(folder, "checkpoints/120/metadata.json", "evaluation.json")
+    assert after["evaluation.json"] == before["evaluation.json"]
 
 
 def test_another_configuration_is_refused(copy, capsys):
@@ -287,3 +320,20 @@ def test_another_configuration_is_refused(copy, capsys):
     assert "holds a run of another configuration" in message
     assert "sae.k: 8 -> 16" in message and "data.seed: 0 -> 1" in message
     assert digests(folder, *RESULTS, "run.json", "tensorboard") == before
+
+
+def test_another_configuration_goes_on_where_it_is_allowed(copy, capsys, caplog):
+    folder, command = copy
+    change = ("Train.tokens = 33_280", "Train.log_every = 20", "Report.latents = 5")
+    assert command("SAE.n_latents = 512", "--allow_config_change") == 1
+    message = capsys.readouterr().err
+    assert "checkpoints/120 does not fit: params.latent_bias is float32[256]" in message
+    assert "changed in this run" in caplog.text and "sae.n_latents: 256 -> 512" in caplog.text
+    assert command() == 0, "what did not fit is not this run's configuration"
+    assert command(*change, "--allow_config_change") == 0
+    assert "train.tokens: 30720 -> 33280" in caplog.text
+    starts = read(folder / "run.json")["starts"]
+    assert any("train.tokens: 30720 -> 33280" in s for s in starts[-1]["changed"])
+    records = [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [40, 80, 120, 130]
+    assert command(*change) == 0, "the change is the run's own now"

@@ -11,6 +11,7 @@ from saejax import config
 from saejax.data.synthetic import Synthetic
 from saejax.evals import recovery
 from saejax.fit import fit
+from saejax.mesh import MeshShape, make_mesh
 from saejax.run import recovery_scores
 from saejax.rundir import RunDirectory
 from saejax.sources import open_source
@@ -69,8 +70,9 @@ def test_without_training_nothing_is_found(experiment, folder, result):
     """
     built = experiment[0]
     run = RunDirectory(folder)
+    mesh = make_mesh(MeshShape())
     source = open_source(
-        built.data, built.sae, built.loader, built.train.batch_size, run.activations
+        built.data, built.sae, built.loader, built.train.batch_size, run.activations, mesh
     )
     fitted = fit(
         built.recipe(),

@@ -12,6 +12,7 @@ from saejax import mesh as mesh_lib
 from saejax.capacity import TopKConfig
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
+from saejax.train import guard
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.state import export
@@ -112,6 +113,7 @@ def start(optimizer: OptimizerConfig) -> TrainState:
         ema=jax.tree.map(jnp.zeros_like, params),
         tokens_since_fired=jnp.zeros(L, jnp.int32),
         variance=jnp.float64(VARIANCE),
+        guard=guard.fresh(),
     )
 
 

@@ -361,6 +361,15 @@ def test_config_differences(run_file):
     assert config.config_differences(shorter, old) == ["seed: (absent) -> 0"]
 
 
+def test_a_run_is_an_experiment_or_a_harvest():
+    built = config.load_experiment(["gin/harvest.gin"])[0]
+    assert type(built).__name__ == "HarvestRun"
+    assert type(config.load_experiment(["gin/quickstart.gin"])[0]).__name__ == "Experiment"
+    message = r"Experiment\.\w+ .*gin/quickstart.gin:\d+.* and HarvestRun\.\w+ .*are two runs"
+    with pytest.raises(ValueError, match=message):
+        config.load_experiment(["gin/quickstart.gin", "gin/harvest.gin"])
+
+
 def test_list_configurables():
     text = config.list_configurables(TABLE)
     assert "Files: Activations from a model.\n  site: str (required)\n" in text

@@ -111,6 +111,44 @@ def test_equals_the_reference(subject, sae, first):
     assert len(differences | {round(found["delta_ce_mean_ablation"], 4)}) == 3
 
 
+def test_masked_positions_stay_clean_and_are_not_counted(subject, sae):
+    tokens, first = contexts(9), 1
+    mask = np.random.default_rng(4).random(tokens.shape) < 0.7
+    mask[:, 6:] = np.arange(len(tokens))[:, None] % 3 > 0  # padding at the end of some
+    mask[4] = False  # a context of which nothing is left
+    blocks = [(tokens[:4], mask[:4]), (tokens[4:], mask[4:])]
+    given = inputs(subject, tokens, contexts=blocks)
+    found = downstream(sae, given, batch_contexts=4)
+
+    def tap(site, x):
+        if site != SITE:
+            return x
+        replaced = jnp.asarray(mask & (np.arange(LENGTH) >= first))[..., None]
+        return jnp.where(replaced, jnp.asarray(sae(x), "f4"), x)
+
+    def losses(tap):
+        logits = np.asarray(subject.apply(subject.params, tokens.astype("i4"), tap), np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        target = tokens[:, 1:, None].astype(int)
+        return -np.take_along_axis(logp[:, :-1], target, -1)[:, :, 0]
+
+    counted = (mask[:, :-1] & mask[:, 1:])[:, first:]
+    clean, ours = (losses(t)[:, first:][counted] for t in (lambda site, x: x, tap))
+    assert found.predictions == counted.sum() and found.contexts == counted.any(1).sum() == 8
+    assert found.compute()["ce_clean"] == pytest.approx(clean.mean(), rel=1e-4)
+    assert found.compute()["delta_ce"] == pytest.approx((ours - clean).mean(), rel=1e-3, abs=1e-5)
+
+
+def test_what_stands_in_the_padding_does_not_matter(subject, sae):
+    tokens, length = contexts(9), np.arange(9) + 3
+    mask = np.arange(LENGTH) < length[:, None]
+    before = downstream(sae, inputs(subject, tokens, contexts=[(tokens, mask)])).compute()
+    tokens[~mask] = 7
+    after = downstream(sae, inputs(subject, tokens, contexts=[(tokens, mask)])).compute()
+    assert after == pytest.approx(before, rel=1e-5)
+    assert after["downstream_tokens"] == (length - 2).sum()
+
+
 def test_a_perfect_reconstruction_costs_nothing(subject):
     found = downstream(Perfect(), inputs(subject, contexts())).compute()
     assert abs(found["delta_ce"]) < 1e-6 and abs(found["kl"]) < 1e-6
@@ -138,6 +176,15 @@ def test_the_error_bar_is_that_of_the_mean_over_contexts():
     found = parts[0].merge(parts[1]).compute()
     assert found["delta_ce"] == pytest.approx(delta.mean())
     assert found["delta_ce_stderr"] == pytest.approx(delta.std(ddof=1) / 40**0.5)
+    counted = np.zeros((40, 9), bool)
+    counted[:, :6] = True
+    counted[:20, 3:] = False  # contexts of unequal length: the ratio estimator
+    found = DownstreamState.of(loss, 0 * loss, counted).compute()
+    sums, counts = ((loss[1] - loss[0]) * counted).sum(1), counted.sum(1)
+    mean = sums.sum() / counts.sum()
+    residual = (sums - mean * counts) / counts.mean()
+    assert found["delta_ce"] == pytest.approx(mean)
+    assert found["delta_ce_stderr"] == pytest.approx(residual.std(ddof=1) / 40**0.5, rel=1e-6)
 
 
 def test_refusals(subject, sae):

@@ -15,10 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig, read_documents
+from saejax.data.layout import MASKED
 from saejax.data.loader import Loader
 from saejax.data.shards import open_store
 from saejax.data.tokens import pack
+from saejax.subjects.filling import make_forward, mask_codes
 from saejax.subjects.harvest import HarvestConfig, check_free_space, harvest, plan_shards
 from saejax.subjects.hf import load_subject
 
@@ -58,7 +61,7 @@ def cfg(text):
 def clean(tmp_path_factory, cfg, subject):
     lines = []
     path = tmp_path_factory.mktemp("clean")
-    stores = harvest(cfg, path, lines.append, subject=subject)
+    stores = harvest(cfg, path, lines.append, subject=subject)[cfg.site]
     return path, stores, lines
 
 
@@ -182,6 +185,7 @@ def test_two_harvests_at_once_share_the_work(clean, cfg, subject, tmp_path):
         ({"site": "0.mlp_out"}, "site: stored '1.resid_post', wanted '0.mlp_out'"),
         ({"dtype": "bfloat16"}, "compute_dtype: stored 'float32', wanted 'bfloat16'"),
         ({"tokens": 5000}, "n_shards"),
+        ({"max_norm_ratio": None}, "max_norm_ratio: stored 10.0, wanted None"),
     ],
 )
 def test_another_config_in_the_same_place_is_refused(clean, cfg, subject, change, field):
@@ -206,7 +210,7 @@ def test_changed_text_tokenizer_or_weights_are_refused(clean, cfg, subject, text
 def test_bad_input_is_refused_before_anything_is_written(cfg, subject, tmp_path):
     for change, message in (
         ({"site": "1.resid_pots"}, "1.resid_post"),
-        ({"site": "9.resid_post"}, "does not exist"),
+        ({"site": "9.resid_post"}, "has no layer 9"),
         ({"context_length": 4096}, "context_length = 4096"),
         ({"text": TextConfig(source=str(tmp_path / "none"))}, "none"),
     ):
@@ -222,7 +226,7 @@ def test_bad_input_is_refused_before_anything_is_written(cfg, subject, tmp_path)
 
 def test_non_finite_activations_are_refused_by_document(cfg, subject, tmp_path):
     broken = jax.tree.map(lambda x: np.asarray(x) * np.float32(np.nan), subject.params)
-    with pytest.raises(ValueError, match=r"NaN or inf.*'1\.resid_post'.*shard 0, first in m\d\d"):
+    with pytest.raises(ValueError, match=r"NaN or inf.*'1\.resid_post'.*shard \d+, first in m\d\d"):
         harvest(cfg, tmp_path, str, subject=dataclasses.replace(subject, params=broken))
     assert open_store(tmp_path / "train").committed() == []
 
@@ -245,6 +249,142 @@ def test_shards_waste_few_contexts(available, share):
     if size < 1024:  # the next larger size would have missed the goal
         larger = min(max(1, round(goal / (2 * size))), available // (2 * size))
         assert abs(larger * 2 * size - goal) > 0.05 * goal
+
+
+def test_many_sites_come_from_one_forward_pass(clean, cfg, subject, tmp_path):
+    cfg = dataclasses.replace(cfg, tokens=3000, sites=("0.mlp_out", "1.resid_post"))
+    assert cfg.all_sites == ("1.resid_post", "0.mlp_out")
+    passes = []
+    real = make_forward(subject, cfg.all_sites, "float32", batch=32, contexts=64)
+
+    def forward(tokens, length):
+        passes.append(len(tokens))
+        return real(tokens, length)
+
+    stores = harvest(cfg, tmp_path / "both", str, subject=subject, forward=forward)
+    n_shards = sum(store.spec.n_shards for store in stores["0.mlp_out"])
+    assert len(passes) == n_shards
+    for site in cfg.all_sites:
+        alone = dataclasses.replace(cfg, site=site, sites=())
+        harvest(alone, tmp_path / "alone" / site, str, subject=subject)
+        for split in SPLITS:
+            both = content(tmp_path / "both" / site / split)
+            assert both == content(tmp_path / "alone" / site / split)
+    # A shard that one site lacks is computed again, and written for that site alone.
+    record = tmp_path / "both/0.mlp_out/train/commits/000001.json"
+    before = content(tmp_path / "both")
+    record.unlink()
+    passes.clear()
+    other = tmp_path / "both/1.resid_post/train/acts/c/1/0"
+    written = other.stat().st_mtime_ns
+    harvest(cfg, tmp_path / "both", str, subject=subject, forward=forward)
+    assert len(passes) == 1 and content(tmp_path / "both") == before
+    assert other.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="has no layer 7"):
+        harvest(dataclasses.replace(cfg, sites=("7.mlp_out",)), tmp_path / "x", str)
+
+
+@pytest.mark.parametrize(("batch", "shards"), [(8, 1), (8, 4), (64, 1)])
+def test_any_number_of_devices_gives_the_same_store(clean, cfg, subject, batch, shards, tmp_path):
+    """Eight devices of one row of contexts each, two of four devices each, and one alone."""
+    cfg = dataclasses.replace(cfg, batch_contexts=batch, subject_shards=shards)
+    train, _ = harvest(cfg, tmp_path, str, subject=subject)[cfg.site]
+    for chunk in (0, train.chunks[0] - 1):
+        ours = train.read_chunk(0, chunk).result().astype(np.float32)
+        theirs = clean[1][0].read_chunk(0, chunk).result().astype(np.float32)
+        np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=1e-2)
+    with pytest.raises(ValueError, match=r"subject_shards = 9: this process has 8 devices"):
+        sharded = dataclasses.replace(cfg, subject_shards=9)
+        harvest(sharded, tmp_path / "x", str, subject=subject)
+
+
+class HostSubject:
+    """A subject that runs outside JAX, as the adapter for PyTorch models does."""
+
+    def __init__(self, subject):
+        for name in ("name", "family", "revision", "fingerprint", "tokenizer", "max_context"):
+            setattr(self, name, getattr(subject, name))
+        self.check_site, self.width, self._subject = subject.check_site, subject.width, subject
+        self.lengths = []
+
+    def capture_host(self, batch, sites, length=None):
+        self.lengths.append(length)
+        return self._subject.capture_host(batch, sites)
+
+
+def test_a_subject_on_the_host_feeds_the_same_shards(clean, cfg, subject, tmp_path):
+    host = HostSubject(subject)
+    train, held_out = harvest(cfg, tmp_path, str, subject=host)[cfg.site]
+    ours = train.read_chunk(0, 0).result().astype(np.float32)
+    theirs = clean[1][0].read_chunk(0, 0).result().astype(np.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=1e-2)
+    contexts = sum(s.spec.n_shards * s.spec.contexts_per_shard for s in (train, held_out))
+    assert sum(map(len, host.lengths)) == contexts
+
+
+def test_padding_and_special_tokens_are_left_out_and_counted(cfg, subject, tmp_path):
+    """Tails padded, a BOS before every context: rows are the subject's at real tokens only."""
+    text = dataclasses.replace(cfg.text, tails="pad", min_tail=3, bos="context")
+    cfg = dataclasses.replace(cfg, text=text, contexts_per_shard=16, tokens=None)
+    train, _ = harvest(cfg, tmp_path, str, subject=subject)[cfg.site]
+    contexts = load_contexts(cfg.text, "train", subject.tokenizer, cfg.context_length)
+    ids = np.concatenate([train.read_contexts(s)[:, 0] for s in train.committed()]).astype(int)
+    assert (contexts.length[ids] < 16).any()
+    padding = (16 - contexts.length[ids]).sum()
+    manifest = train.manifest
+    assert manifest["left_out"]["padding"] == padding and manifest["left_out"]["bos"] == 0
+    assert manifest["rows"] + sum(manifest["left_out"].values()) == 16 * len(ids)
+    assert manifest["left_out"]["first_positions"] == len(ids)  # each is a BOS
+    batches = Loader(train, 16)
+    capture = jax.jit(lambda params, t: subject.capture(params, t, (cfg.site,))[cfg.site])
+    for step in range(min(4, train.n_rows // 16)):
+        rows, where = batches.batch(step).astype(np.float32), batches.provenance(step)
+        for row, (shard, context, position) in zip(rows, where):
+            table = train.read_contexts(int(shard))[context]
+            assert contexts.keep[table[0], position]
+            acts = np.asarray(capture(subject.params, table[None, 3:].astype(np.int32)))
+            np.testing.assert_allclose(row, acts[0, position], rtol=2**-7, atol=1e-2)
+
+
+def test_every_masked_position_has_its_reason():
+    tokens = np.array([[9, 4, 8, 5, 0], [9, 9, 4, 4, 4]])
+    keep = np.array([[False, True, False, True, False], [False, False, True, True, True]])
+    codes = mask_codes(tokens, keep, np.array([4, 5]), bos=9)
+    names = [[MASKED[code] for code in row] for row in codes]
+    assert names == [
+        ["bos", "kept", "special", "kept", "padding"], ["bos", "bos", "kept", "kept", "kept"],
+    ]  # fmt: skip
+
+
+def test_the_embedded_model_has_no_outlying_norms(clean):
+    """So that the default filter leaves a store as it was without it."""
+    for store in clean[1]:
+        assert store.manifest["left_out"]["norm"] == store.manifest["left_out"]["bos"] == 0
+        assert store.spec.max_norm_ratio == 10.0
+
+
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+"""
+
+
+def test_a_full_disk_is_one_message_and_freed_space_continues(clean, cfg, tmp_path):
+    """A limit on the size of a file makes the write of every whole shard fail for real."""
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "text"}
+    code = CHILD.format(root=str(ROOT), fields=fields, text=dataclasses.asdict(cfg.text))
+    head, _, call = code.rpartition("\nh.harvest")
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    full = subprocess.run(
+        [sys.executable, "-c", f"{head}\n{FULL}\nh.harvest{call}", str(tmp_path)],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "no space left; free some and run again" in full.stderr.splitlines()[-1]
+    assert open_store(tmp_path / "train").committed() == []
+    assert not list(tmp_path.glob("train/acts/c/*/0"))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env)
+    assert done.returncode == 0 and content(tmp_path) == content(clean[0])
 
 
 def test_bfloat16_is_what_is_stored(clean):

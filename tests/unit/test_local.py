@@ -1,6 +1,7 @@
 """The launcher: its command line, what it tells the processes, and which failure it reports."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def test_a_process_is_told_its_place_and_devices(monkeypatch):
     assert env["SAEJAX_PROCESS_ID"] == "2" and env["SAEJAX_PROCESSES"] == "4"
     assert env["SAEJAX_COORDINATOR"] == "localhost:1234"
     assert int(env["SAEJAX_HEARTBEAT_SECONDS"]) < local._GRACE_SECONDS
+    assert env["SAEJAX_LOCAL"] == "1"
     assert env["JAX_NUM_CPU_DEVICES"] == "8" and env["JAX_PLATFORMS"] == "cpu"
     assert env["NPROC"] == "64" and env["PATH"] == os.environ["PATH"]
     monkeypatch.delenv("NPROC")
@@ -95,6 +97,15 @@ def test_those_that_lost_another_one_are_not_the_cause(tmp_path):
         "saejax: error: process 0 lost another process",
         "[process 2] ended by SIGKILL",
     ]
+
+
+def test_those_that_lost_the_preempted_one_are_preempted_with_it(tmp_path):
+    work = "if i == 2: sys.exit(42)\nsay(f'process {i} lost another process'); sys.exit(124)"
+    assert run(tmp_path, work).returncode == 42
+    shutil.rmtree(tmp_path / "saejax")
+    assert run(tmp_path, work.replace("sys.exit(42)", "sys.exit(1)")).returncode == 1
+    shutil.rmtree(tmp_path / "saejax")
+    assert run(tmp_path, work.replace("sys.exit(42)", "sys.exit(124)")).returncode == 124
 
 
 def test_one_message_of_all_is_told_once(tmp_path):

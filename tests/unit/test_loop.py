@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,17 @@ from saejax import mesh as mesh_lib
 from saejax.capacity import TopKConfig
 from saejax.data.arrays import ArraySource
 from saejax.data.feed import Feed
-from saejax.fit import AgreedStop
 from saejax.mesh import MeshShape
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
-from saejax.train import hooks
+from saejax.train import guard, hooks, loop
 from saejax.train import state as state_lib
 from saejax.train.loop import TrainConfig, Watch, run_steps
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.step import jit_step, make_step
 from saejax.types import StepMetrics, TrainState
+from saejax.wishes import AgreedWish
 
 LATENTS, BATCH = 10, 4
 
@@ -35,7 +36,7 @@ def metrics(**changes) -> StepMetrics:
         "tokens": BATCH, "squared_error": 2.0, "multi_squared_error": 0.0, "active": 8,
         "dead": 1, "auxk": 0.5, "auxk_skipped": 0, "at_capacity": 0, "multi_at_capacity": 0,
         "auxk_at_capacity": 0, "reselected": 0, "token_shard_pairs": BATCH, "grad_norm": 1.0,
-        "learning_rate": 0.1,
+        "learning_rate": 0.1, "skipped": 0, "skipped_in_a_row": 0,
     } | changes  # fmt: skip
     real = {"squared_error", "multi_squared_error", "auxk", "grad_norm", "learning_rate"}
     whole = set(values) - real
@@ -52,6 +53,7 @@ def state(step: int = 0) -> TrainState:
         ema=None,
         tokens_since_fired=jnp.zeros(LATENTS, jnp.int32),
         variance=jnp.float32(0.5),
+        guard=guard.fresh(),
     )
 
 
@@ -61,11 +63,11 @@ class Recorder:
     def __init__(self, steps=7, save_every=3, log_every=2, stop_at=None, bad=None):
         self.events, self.records, self.placed = [], [], []
         self.config = TrainConfig(tokens=steps * BATCH, batch_size=BATCH, log_every=log_every)
-        self.bad = bad or {}
+        self.bad, self.params = bad or {}, {}
         self.stop_at = stop_at
         self.watch = Watch(
-            save=lambda s: self.events.append(f"save {int(s.step)}"),
-            save_every=save_every,
+            save=lambda s, window: self.events.append(f"save {int(s.step)}"),
+            save_due=lambda done: done % save_every == 0,
             write=self.write,
             stop_requested=self.asked,
         )
@@ -74,7 +76,7 @@ class Recorder:
         done = int(before.step) + 1
         assert rows.shape == (BATCH, 3) and rows[0, 0] == done, "each step gets its own batch"
         self.events.append(f"step {done}")
-        after = dataclasses.replace(before, step=jnp.int32(done))
+        after = dataclasses.replace(before, step=jnp.int32(done), params=self.params)
         return after, metrics(**self.bad.get(done, {}))
 
     def asked(self) -> bool:
@@ -128,7 +130,7 @@ def test_a_finished_run_does_nothing():
 def test_a_stop_finishes_the_step_and_saves():
     loop = Recorder(stop_at=4, log_every=100, save_every=100)
     assert int(loop.run().step) == 4
-    assert loop.events[-3:] == ["step 4", "write 4", "save 4"]
+    assert loop.events[-2:] == ["step 4", "save 4"], "a record only where an unstopped run has one"
 
 
 def test_data_that_end_too_soon_are_an_error():
@@ -138,19 +140,62 @@ def test_data_that_end_too_soon_are_an_error():
     assert "save 7" not in loop.events
 
 
-@pytest.mark.parametrize("name", ["squared_error", "grad_norm"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("step", [1, 3, 4, 7])
-def test_a_state_is_saved_only_if_its_own_numbers_are_finite(name, value, step):
-    loop = Recorder(bad={step: {name: value}})
-    with pytest.raises(FloatingPointError, match=f"{name} = {value} at step {step} must be finite"):
+def skipped(*steps: int, **numbers) -> dict[int, dict]:
+    """Metrics of neighbouring steps that the guard left out."""
+    counts = {"skipped": 1} | ({"squared_error": math.nan} | numbers)
+    return {s: counts | {"skipped_in_a_row": i} for i, s in enumerate(steps, 1)}
+
+
+def done(loop: Recorder, what: str) -> list[int]:
+    return [int(event.split()[1]) for event in loop.events if event.startswith(what)]
+
+
+@pytest.mark.parametrize("steps", [(3,), (2, 3), (3, 4), (4,)])
+def test_a_save_that_is_due_among_skipped_steps_follows_them(steps):
+    loop = Recorder(bad=skipped(*steps))
+    loop.run()
+    first = 3 if 3 not in steps else steps[-1] + 1
+    assert done(loop, "save") == [first, 6, 7]
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_the_last_state_is_saved_even_if_its_step_was_skipped(stop_at):
+    last = stop_at or 7
+    loop = Recorder(bad=skipped(last - 1, last), stop_at=stop_at)
+    assert int(loop.run().step) == last
+    assert done(loop, "save")[-1] == last
+
+
+def test_bad_weights_are_not_saved():
+    loop = Recorder(bad=skipped(7))
+    loop.params = {"w": jnp.asarray([1.0, math.nan])}
+    with pytest.raises(hooks.DivergedError, match=r"steps 7 to 7 were skipped .batches 6 to 6;"):
         loop.run()
-    saved = [int(event.split()[1]) for event in loop.events if event.startswith("save")]
-    assert saved == [s for s in (3, 6, 7) if s < step]
-    written = [int(event.split()[1]) for event in loop.events if event.startswith("write")]
-    assert max(written, default=0) < step
-    # found while the next step is running, not a whole window later
-    assert f"step {step + 2}" not in loop.events
+    assert done(loop, "save") == [3, 6]
+
+
+def test_so_many_skipped_steps_in_a_row_end_the_loop(caplog):
+    bad = skipped(2) | skipped(5, 6, 7, 8, grad_norm=9.0)
+    loop = Recorder(steps=20, save_every=99, log_every=99, bad=bad)
+    loop.watch = dataclasses.replace(loop.watch, rollback_after=3)
+    with pytest.raises(hooks.DivergedError) as caught:
+        loop.run()
+    assert (caught.value.first, caught.value.last) == (5, 7) and not caught.value.finite
+    assert done(loop, "step")[-1] == 8, "found while the next step is running"
+    assert caplog.messages[0] == (
+        "step 2 (batch 1) skipped, its loss or gradient being not finite: loss = nan, gradient "
+        "norm = 1; 1 in a row"
+    )
+    assert caplog.messages[-1].endswith("gradient norm = 9; 3 in a row")
+
+
+def test_skipped_steps_are_counted_and_in_no_sum():
+    loop = Recorder(steps=8, bad=skipped(2, 3, 4) | skipped(5, squared_error=9.0))
+    loop.run()
+    assert done(loop, "write") == [2, 6, 8], "a window of skipped steps alone goes on"
+    assert [r["skipped"] for r in loop.records] == [1, 3, 0]
+    assert [r["skipped_in_a_row"] for r in loop.records] == [1, 0, 0]
+    assert {r["nmse"] for r in loop.records} == {2.0 / (BATCH * 0.5)}
 
 
 # --- Nothing but steps ----------------------------------------------------------------------------
@@ -170,8 +215,13 @@ def test_the_loop_compiles_once_and_transfers_batches_and_metrics_only(shape):
     )  # fmt: skip
     step_fn = jit_step(step, create(), mesh)
     source, feed = ArraySource(rows, 64), Feed(mesh_lib.token_sharding(mesh), 64)
-    stop = AgreedStop(lambda: False, mesh)
-    watch = Watch(save=lambda s: None, save_every=9, write=lambda r: None, stop_requested=stop)
+    stop = AgreedWish(lambda: 0, mesh)
+    watch = Watch(
+        save=lambda s, window: None,
+        save_due=lambda done: False,
+        write=lambda r: None,
+        stop_requested=lambda: stop() == 2,
+    )
 
     run_steps(step_fn, create(), source.iterate(0), feed.place, config, watch)  # compiles
     state, compiled = create(), []
@@ -201,13 +251,16 @@ def test_a_window_divides_sums_once():
             reselected=2, grad_norm=9.0, learning_rate=0.25,
         ),
     )  # fmt: skip
+    window.wait(1.5)
     record = window.close(2, LATENTS, 40)
-    assert record.pop("tokens_per_second") > 0
+    rate, share = record.pop("tokens_per_second"), record.pop("wait_share")
+    assert rate > 0 and share == pytest.approx(1.5 * rate / 40)
     assert record == {
         "step": 2, "tokens": 40, "nmse": 10 / (40 * 0.5), "multi_nmse": 5 / (40 * 0.5),
         "l0": 100 / 40, "dead_fraction": 3 / LATENTS, "auxk": 1.5, "auxk_skipped": 1,
         "at_capacity": 10 / 20, "multi_at_capacity": 0, "auxk_at_capacity": 5 / 20,
-        "reselected": 2 / 20, "grad_norm": 9.0, "learning_rate": 0.25,
+        "reselected": 2 / 20, "grad_norm": 9.0, "learning_rate": 0.25, "skipped": 0,
+        "skipped_in_a_row": 0,
     }  # fmt: skip
     assert all(type(value) is float for value in record.values())
     json.dumps(record)
@@ -304,3 +357,20 @@ def test_metrics_are_appended_and_later_ones_dropped_on_resume(tmp_path):
     hooks.MetricsWriter(tmp_path, resume_step=20).close()
     assert hooks.read_metrics(tmp_path / "metrics.jsonl") == records[:2]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_time_that_batches_take_to_come_is_the_wait_share():
+    window = hooks.Window(variance=1.0)
+
+    def slow():
+        for i in range(3):
+            time.sleep(0.05)
+            yield i
+
+    assert list(loop._timed(slow(), window)) == [0, 1, 2]
+    time.sleep(0.15)
+    window.add(1, metrics(squared_error=1.0, tokens=1))
+    share = window.close(1, LATENTS, 1)["wait_share"]
+    assert 0.2 < share < 0.7
+    window.add(2, metrics(squared_error=1.0, tokens=1))
+    assert window.close(2, LATENTS, 1)["wait_share"] == 0  # a window of its own

@@ -118,5 +118,5 @@ def test_corrected_average():
     weights = 0.9 ** np.arange(2, -1, -1)
     want = weights @ values / weights.sum()
     np.testing.assert_allclose(optim.corrected_ema(ema, 0.9, 3)["w"], want, rtol=1e-6)
-    with pytest.raises(ValueError, match="step = 0"):
+    with pytest.raises(ValueError, match="updates = 0"):
         optim.corrected_ema(ema, 0.9, 0)

@@ -48,7 +48,8 @@ def test_the_state_of_one_device():
         "parameters": 4 * PARAMETERS,
         "optimizer state": 2 * 4 * PARAMETERS + 2 * 4,  # two moments; counts of Adam and the rate
         "EMA": 4 * PARAMETERS,
-        "counters": 4 * 1000 + 2 * 4,  # tokens since fired; step and variance
+        # Tokens since fired; step and variance; the guard's two windows of 128 and two counts.
+        "counters": 4 * 1000 + 2 * 4 + 2 * 128 * 4 + 2 * 4,
     }
     assert work(optimizer={"ema_decay": None}).state_bytes["EMA"] == 0
 

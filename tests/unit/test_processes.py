@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
 
 from saejax import processes
-from saejax.processes import Settings, settings
+from saejax.processes import Settings, group, losses, preflight, settings, watching
 from saejax.rundir import RunDirectory
 
 FOUR = {
@@ -27,7 +26,9 @@ GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
 
 
 def test_the_environment_names_the_place_of_a_process():
-    assert settings(FOUR) == Settings("host0:1234", 4, 3, 300)
+    assert settings(FOUR) == Settings(coordinator="host0:1234", count=4, index=3)
+    assert settings(FOUR).wait_seconds == 900 and not settings(FOUR).local
+    assert settings(FOUR | {"SAEJAX_LOCAL": "1"}).local
     assert settings(FOUR | {"SAEJAX_WAIT_SECONDS": "9"}).wait_seconds == 9
     assert settings(FOUR).heartbeat_seconds == 60
     for env in (FOUR, SLURM):
@@ -52,8 +53,8 @@ def test_one_process_is_alone(env):
 
 @pytest.mark.parametrize("env", [SLURM, GKE, {"MEGASCALE_NUM_SLICES": "2"}])
 def test_a_cluster_is_left_to_jax(env):
-    assert settings(env) == Settings(wait_seconds=300)
-    assert settings({"SAEJAX_PROCESSES": "auto"}) == Settings(wait_seconds=300)
+    assert settings(env) == Settings()
+    assert settings({"SAEJAX_PROCESSES": "auto"}) == Settings()
     assert settings(env | FOUR) == settings(FOUR), "what is said wins over what is found"
 
 
@@ -70,6 +71,7 @@ def test_a_cluster_is_left_to_jax(env):
         ({"SAEJAX_COORDINATOR": "host0:65536"}, "'host0:65536' .* port at most 65535"),
         ({"SAEJAX_HEARTBEAT_SECONDS": "0"}, "SAEJAX_HEARTBEAT_SECONDS = '0' must be a whole"),
         ({"SAEJAX_PROCESSES": None}, "SAEJAX_COORDINATOR = .* is set, but SAEJAX_PROCESSES is not"),
+        ({"SAEJAX_LOCAL": "yes"}, r"SAEJAX_LOCAL = 'yes' must be a whole number in \[0, 1\]"),
         ({"SAEJAX_WAIT_SECONDS": "soon"}, "SAEJAX_WAIT_SECONDS = 'soon' must be a whole number"),
     ],
 )
@@ -95,19 +97,61 @@ def test_a_cluster_that_is_not_there_is_one_line():
     assert done.stderr.count("\n") == 1 and "SAEJAX_COORDINATOR" in done.stderr
 
 
-def test_a_host_without_an_address_is_told_at_once_and_refused_in_the_end(monkeypatch, caplog):
+def test_a_host_without_an_address_is_refused_in_the_end(monkeypatch):
     def unknown(host, port):
-        assert host == "host0"
+        assert (host, port) == ("host0", 1234)
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(processes.socket, "getaddrinfo", unknown)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(ConnectionError, match=r"SAEJAX_COORDINATOR = 'host0:1234' cannot be res"):
-        processes._resolve(Settings("host0:1234", 4, 3, 0))
-    assert len(caplog.messages) == 1 and "cannot be resolved; trying again" in caplog.messages[0]
-    monkeypatch.setattr(processes.socket, "getaddrinfo", lambda host, port: [host])
-    processes._resolve(Settings("host0:1234", 4, 3, 0))
-    processes._resolve(Settings())
+    found = Settings(coordinator="host0:1234", count=4, index=3, wait_seconds=0)
+    monkeypatch.setattr(preflight.socket, "getaddrinfo", unknown)
+    with pytest.raises(processes.LostError, match=r"SAEJAX_COORDINATOR = 'host0:1234' cannot be r"):
+        preflight.preflight(found, {})
+
+
+@pytest.mark.parametrize(
+    ("addresses", "local", "refused"),
+    [
+        (["10.0.0.1"], False, False),
+        (["127.0.1.1", "10.0.0.1"], False, False),
+        (["127.0.0.1", "::1"], False, True),
+        (["127.0.0.1", "::1"], True, False),
+        (["fe80::1%eth0"], False, False),
+    ],
+)
+def test_a_coordinator_that_is_every_machine_itself_is_refused(
+    monkeypatch, addresses, local, refused
+):
+    there = [(0, 0, 0, "", (address, 1234)) for address in addresses]
+    monkeypatch.setattr(preflight.socket, "getaddrinfo", lambda host, port: there)
+    found = Settings(coordinator="host0:1234", count=4, index=3, local=local)
+    clock = preflight._Clock(found)
+    if not refused:
+        return preflight._resolve(found, clock)
+    with pytest.raises(ValueError, match=r"'host0:1234' is this machine itself .*SAEJAX_LOCAL=1"):
+        preflight._resolve(found, clock)
+
+
+def test_what_is_waited_for_is_told_every_15_seconds(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: now[0])
+    clock = preflight._Clock(Settings(coordinator="host0:1234", count=4, index=0))
+    for seconds in (1, 14, 15, 16, 29, 47):
+        now[0] = 100.0 + seconds
+        clock.tell("processes 2, 3")
+    assert caplog.messages == [
+        f"process 0 of 4 (coordinator host0:1234) waits for processes 2, 3: {waited} s, at most "
+        f"{900 - waited} more"
+        for waited in (15, 47)
+    ]
+
+
+def test_what_differs_is_named_with_the_process():
+    same = {"jax": "1", "saejax": "2"}
+    assert preflight.differences({0: same, 1: dict(same)}) == ""
+    text = preflight.differences({0: same, 1: same | {"jax": "3"}, 2: {"jax": "1"}})
+    assert text.startswith(
+        "process 1 has jax 3, and process 0 1; process 2 has saejax None, and process 0 2; start"
+    )
 
 
 # --- What JAX says --------------------------------------------------------------------------------
@@ -115,8 +159,9 @@ def test_a_host_without_an_address_is_told_at_once_and_refused_in_the_end(monkey
 
 def two(monkeypatch):
     """As if this process were one of two."""
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "index", lambda: 1)
+    for module in (group, losses):
+        monkeypatch.setattr(module, "count", lambda: 2)
+        monkeypatch.setattr(module, "index", lambda: 1)
 
 
 GLOO = (
@@ -175,15 +220,15 @@ def test_jax_has_what_the_processes_wait_with(monkeypatch):
     library = importlib.import_module("jax._src.lib")._jax
     for method in ("key_value_set", "blocking_key_value_get", "wait_at_barrier"):
         assert callable(getattr(library.DistributedRuntimeClient, method))
-    assert processes._client() is None, "this process has joined no others"
+    assert group.client() is None, "this process has joined no others"
     monkeypatch.delattr("jax._src.distributed.global_state")
     with pytest.raises(RuntimeError, match=r"this jax has no .*global_state.client.*setup.py"):
-        processes._client()
+        group.client()
 
 
 # --- A parent and its child -----------------------------------------------------------------------
 
-FATAL = "F1121 12:00:00.0 1 client.h:80] " + processes._FATAL
+FATAL = "F1121 12:00:00.0 1 client.h:80] " + watching.FATAL
 
 
 def watched(body: str, *, verbose: bool = False) -> subprocess.CompletedProcess:
@@ -206,6 +251,11 @@ def test_output_and_exit_code_are_passed_on():
     assert watched("raise SystemExit(3)").returncode == 3
 
 
+def test_an_abort_for_another_reason_is_not_a_loss():
+    done = watched("os.abort()")
+    assert done.returncode == 134 and "was ended by SIGABRT" in done.stderr
+
+
 def test_an_unexpected_error_keeps_its_traceback():
     done = watched("raise RuntimeError('oh')")
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: oh\n")
@@ -213,12 +263,12 @@ def test_an_unexpected_error_keeps_its_traceback():
 
 @pytest.mark.parametrize(
     ("call", "says"),
-    [("RegisterTask", "waited 300 s for all 4 to start"), ("PollForError", "lost another process")],
+    [("RegisterTask", "waited 900 s for all 4 to start"), ("PollForError", "lost another process")],
 )
 def test_an_abort_becomes_one_line(call, says):
     body = f"os.write(2, b'''{FATAL}: {call}\\n  @ 0x1 stack\\n''')\nos.abort()"
     done = watched(body)
-    assert done.returncode == 1
+    assert done.returncode == 124
     assert done.stderr.count("\n") == 1 and says in done.stderr
     assert done.stderr.startswith("saejax: error: process 3 of 4 (coordinator host0:1234)")
     assert "stack" in watched(body, verbose=True).stderr
@@ -229,7 +279,7 @@ def test_a_process_that_explained_itself_is_not_explained_again():
     for lines in ((line, FATAL), (FATAL, line)):
         text = "\\n".join(lines)
         done = watched(f"os.write(2, b'''{text}\\n''')\nos.abort()")
-        assert (done.returncode, done.stderr) == (1, line + "\n")
+        assert (done.returncode, done.stderr) == (124, line + "\n")
 
 
 def test_a_signal_that_ended_it_is_named():
@@ -252,8 +302,9 @@ def test_signals_are_forwarded_once():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_an_interruption_before_training_is_one_line(name):
-    done = watched(f"os.kill(os.getppid(), signal.{name})\ntime.sleep(60)")
-    assert done.returncode == 128 + getattr(signal, name)
+    default = "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"  # as before there is a handler
+    done = watched(default + f"os.kill(os.getppid(), signal.{name})\ntime.sleep(60)")
+    assert done.returncode == (42 if name == "SIGTERM" else 129)
     assert done.stderr == f"saejax: interrupted by {name}; the same command continues\n"
 
 
@@ -263,8 +314,8 @@ def test_alone_sigterm_before_training_is_one_line():
         "main.run = lambda argv: os.kill(os.getpid(), signal.SIGTERM)\nmain.console()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 130
-    assert done.stderr == "saejax: interrupted; the same command continues\n"
+    assert done.returncode == 42
+    assert done.stderr == "saejax: interrupted by SIGTERM; the same command continues\n"
 
 
 def saejax(**env: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import saejax
-from saejax.rundir import RunDirectory, read_object, write_json, write_text
+from saejax.rundir import RunDirectory, read_object, result_of, write_json, write_text
 
 CONFIG = {"class": "Experiment", "sae": {"class": "SAE", "k": 4}, "loss": None}
 OTHER = {"class": "Experiment", "sae": {"class": "SAE", "k": 8}, "loss": None}
@@ -59,6 +59,37 @@ def test_another_configuration_is_refused_once_anything_was_made(tmp_path, made)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
+def test_a_change_that_is_allowed_is_logged_and_kept(tmp_path, caplog):
+    claim(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="or go on with the change with --allow_config_change"):
+        claim(tmp_path, OTHER)
+    RunDirectory(tmp_path).claim(OTHER, "# 8\n", ["x"], allow_change=True)
+    assert "changed in this run, as --allow_config_change says: sae.k: 4 -> 8" in caplog.text
+    assert read_object(tmp_path / "config.json") == OTHER
+    starts = read_object(tmp_path / "run.json")["starts"]
+    assert [start.get("changed") for start in starts] == [None, ["sae.k: 4 -> 8"]]
+    claim(tmp_path, OTHER)  # from now on it is the run's own
+
+
+def test_a_change_that_does_not_fit_is_taken_back(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    run = RunDirectory(tmp_path)
+    run.claim(OTHER, "# 8\n", ["x"], allow_change=True)
+    with pytest.raises(ValueError, match="no fit"), run.change_accepted():
+        raise ValueError("no fit")
+    assert read_object(run.config_json) == CONFIG and run.config_gin.read_text() == "# 4\n"
+    claim(tmp_path)
+
+
+def test_tuples_are_the_lists_they_become(tmp_path):
+    config = CONFIG | {"mesh": {"mesh_shape": (2, 4)}}
+    claim(tmp_path, config)
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, config)
+
+
 def test_how_it_is_computed_may_change(tmp_path):
     claim(tmp_path)  # by a version without such a part
     (tmp_path / "checkpoints").mkdir()
@@ -67,6 +98,8 @@ def test_how_it_is_computed_may_change(tmp_path):
         claim(tmp_path, CONFIG | {"kernels": kernels})
     with pytest.raises(ValueError, match="another configuration"):
         claim(tmp_path, OTHER | {"kernels": kernels})
+    nested = [{"recipe": CONFIG | {"kernels": k}} for k in ({"implementation": None}, kernels)]
+    assert result_of(nested[0]) == result_of(nested[1]) == {"recipe": CONFIG}
 
 
 def test_a_start_that_made_nothing_can_be_corrected(tmp_path):

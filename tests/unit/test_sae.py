@@ -217,7 +217,9 @@ def test_parameters_must_fit():
 
 def exported(optimizer, step):
     state = build_state(arrays(), CONFIG, optimizer, 10, jnp.ones(()))
-    state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
+    done = jnp.asarray(step, jnp.int32)
+    guard = dataclasses.replace(state.guard, updates=done)
+    state = dataclasses.replace(state, step=done + 1, guard=guard)  # one step was skipped
     if state.ema is not None and step:
         ema = jax.tree.map(lambda p: 2 * p * (1 - optimizer.ema_decay**step), arrays())
         state = dataclasses.replace(state, ema=ema)

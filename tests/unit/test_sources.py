@@ -10,6 +10,7 @@ from saejax.data.bpe import END_OF_TEXT, Tokenizer, byte_symbols
 from saejax.data.loader import LoaderConfig
 from saejax.data.shards import StoreSpec, open_store
 from saejax.data.synthetic import SyntheticConfig
+from saejax.mesh import MeshShape, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.sources import StoredConfig, contexts_of, open_source
 from saejax.subjects import gpt2
@@ -17,6 +18,7 @@ from saejax.subjects.base import make_subject
 
 WIDTH, LENGTH, CONTEXTS, SHARDS = 16, 6, 8, 3
 SAE = SAEConfig(d_model=WIDTH, n_latents=32, k=2)
+MESH = make_mesh(MeshShape())
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def write(folder, split, shards, **changes):
 
 def stored(folder, sae=SAE, batch_size=16, subject=None):
     config = StoredConfig(path=f"{folder}/", subject=subject)
-    return open_source(config, sae, LoaderConfig(), batch_size, folder / "unused")
+    return open_source(config, sae, LoaderConfig(), batch_size, folder / "unused", MESH)
 
 
 def test_a_store_serves_every_stage(folder):
@@ -102,7 +104,9 @@ def test_the_subject_must_be_the_one_that_was_harvested(folder, subject, monkeyp
     source = stored(folder, subject="tiny")
     inputs = source.inputs()
     assert inputs.first_position == 1 and inputs.mean.shape == (WIDTH,)
-    assert next(iter(inputs.contexts)).shape == (CONTEXTS, LENGTH)
+    tokens, mask = next(iter(inputs.contexts))
+    assert tokens.shape == mask.shape == (CONTEXTS, LENGTH)
+    assert not mask[:, 0].any() and mask[:, 1:].all()
     retrained = dataclasses.replace(subject, fingerprint="0123456789abcdef")
     monkeypatch.setattr("saejax.sources.load_subject", lambda name: retrained)
     with pytest.raises(
@@ -117,7 +121,7 @@ def test_another_width_is_refused(folder):
     with pytest.raises(ValueError, match=message):
         stored(folder, sae=wide)
     with pytest.raises(ValueError, match=r"SAE\.d_model = 24 .* Synthetic\.d_model.* = 16"):
-        open_source(SyntheticConfig(d_model=16), wide, LoaderConfig(), 16, folder)
+        open_source(SyntheticConfig(d_model=16), wide, LoaderConfig(), 16, folder, MESH)
 
 
 @pytest.mark.parametrize(("field", "value"), [("site", "0.mlp_out"), ("subject_fingerprint", "x")])
@@ -137,12 +141,14 @@ def test_a_batch_that_chunks_cannot_give(folder):
 
 def test_synthetic_data_has_its_truth(tmp_path):
     config = SyntheticConfig(features=24, d_model=WIDTH, held_out_rows=10_000)
-    source = open_source(config, SAE, LoaderConfig(), 16, tmp_path)
+    source = open_source(config, SAE, LoaderConfig(), 16, tmp_path, MESH)
     blocks = list(source.held_out())
     assert [len(block) for block in blocks] == [8192, 10_000 - 8192]
     np.testing.assert_array_equal(np.concatenate(blocks), source.synthetic.held_out()[0])
     assert next(iter(source.train_rows())).shape == (16, WIDTH)
     assert source.contexts is None and source.subject is None
-    other = open_source(dataclasses.replace(config, seed=1), SAE, LoaderConfig(), 16, tmp_path)
+    other = open_source(
+        dataclasses.replace(config, seed=1), SAE, LoaderConfig(), 16, tmp_path, MESH
+    )
     assert source.identity != other.identity
     assert list(tmp_path.iterdir()) == []

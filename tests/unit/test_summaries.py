@@ -30,12 +30,14 @@ def block():
     rows = generator.normal(size=(COUNT, ROWS, WIDTH)).astype("f4")
     rows[COUNT // 2 :] = rows[: COUNT // 2]  # every context twice: all scores are tied in pairs
     ids = generator.permutation(10 * COUNT)[:COUNT]
+    stored = np.tile(generator.random((COUNT // 2, ROWS)) < 0.8, (2, 1))
     return ContextBlock(
         rows=rows,
         tokens=generator.integers(0, 99, (COUNT, LENGTH)).astype("u4"),
         document=np.arange(COUNT, dtype="u4"),
         offset=np.arange(COUNT, dtype="u4") * LENGTH,
         ids=ids,
+        stored=stored,
     )
 
 
@@ -53,7 +55,7 @@ def dense_values(sae, block):
     code = sae.encode(block.rows)
     z = np.zeros((*block.rows.shape[:2], LATENTS), np.float32)
     np.put_along_axis(z, np.asarray(code.indices), np.asarray(code.values), axis=-1)
-    return z
+    return z * block.stored[:, :, None]  # a masked position counts for no latent
 
 
 def test_equal_to_brute_force(sae, block):
@@ -97,6 +99,14 @@ def test_any_split_in_any_order_gives_the_same_examples(sae, block, seed):
     same(left, summaries.top_examples(sae, parts[::-1], [11, 7, 2], 5))
     np.testing.assert_array_equal(left.ids, whole.ids)
     same(left, left.merge(TopExamples.empty([2, 7, 11], 5, LENGTH)))
+
+
+def test_the_stored_rows_are_those_of_the_mask(block):
+    assert block.stored_rows().shape == (block.stored.sum(), WIDTH) != block.rows.shape
+    np.testing.assert_array_equal(block.stored_rows(), block.rows[block.stored])
+    whole = dataclasses.replace(block, stored=np.ones_like(block.stored))
+    assert whole.stored_rows() is block.rows
+    assert dataclasses.replace(block, stored=None).stored_rows() is block.rows
 
 
 def test_a_latent_that_never_fires_has_no_examples(sae, block):
