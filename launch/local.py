@@ -86,6 +86,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def _meant(code: int) -> int:
+    """The exit code that a process would have given for the signal that ended it."""
+    if code == -signal.SIGTERM:  # it came before its handler was there: nothing had begun
+        return exits.PREEMPTED
+    return 128 - code if code < 0 else code
+
+
 class Group:
     """The processes of one run."""
 
@@ -152,7 +159,7 @@ class Group:
         failed: list[int] = []  # in order
         deadline = None
         if not self._processes:
-            return 128 + self._asked
+            return _meant(-self._asked)
         running = set(range(len(self._processes)))
         while running:
             time.sleep(0.05)
@@ -160,23 +167,23 @@ class Group:
                 code = self._processes[index].poll()
                 if code is not None:
                     running.remove(index)
-                    failed += [index] if code not in (exits.DONE, exits.PREEMPTED) else []
+                    failed += [index] if _meant(code) not in (exits.DONE, exits.PREEMPTED) else []
             if failed and deadline is None:
                 deadline = time.monotonic() + _GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 break
         codes = [process.wait() for process in self._processes]
+        stopped = exits.PREEMPTED in map(_meant, codes)
         for reader in self._readers:
             reader.join(timeout=1)
         # One that failed by itself, rather than because of another, if there is one.
         causes = [i for i in failed if not any(_LOST in line for line in self._errors[i])]
-        if not causes and exits.PREEMPTED in codes:  # the others lost the one that was preempted
+        if not causes and stopped:  # the others lost the one that was preempted
             return exits.PREEMPTED
         causes = causes or failed
         self._tell(causes, codes)
-        code = codes[causes[0]] if causes else max(codes)
-        return 128 - code if code < 0 else code
+        return _meant(codes[causes[0]]) if causes else max(map(_meant, codes))
 
     def _tell(self, causes: list[int], codes: list[int]) -> None:
         """Prints what they failed of, each message once; that of process 0 was passed on."""

@@ -13,6 +13,7 @@ The only file that imports orbax. The names and lives of step folders are in `st
 """
 
 import dataclasses
+import hashlib
 import logging
 import pathlib
 import threading
@@ -132,9 +133,7 @@ class Checkpoints:
             sums = digests.array_digests(arrays)
             if self._peers.first:
                 self._folders.begin(step)
-            if self._writer is None:
-                handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
-                self._writer = ocp.AsyncCheckpointer(handler)
+            self._writer = self._writer or self._make_writer()
             target = self._folders.saving(step) / _STATE
             self._writer.save(target, args=ocp.args.PyTreeSave(arrays))
         except (OSError, ValueError) as error:
@@ -147,6 +146,14 @@ class Checkpoints:
             target=self._finish, args=(step, content), name=f"checkpoint {step}", daemon=True
         )
         self._thread.start()
+
+    def _make_writer(self) -> ocp.AsyncCheckpointer:
+        # Several trainings may save at once, and must not meet at each other's barriers.
+        name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:16]
+        own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        among = {"multiprocessing_options": own}
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, **among)
+        return ocp.AsyncCheckpointer(handler, **among)
 
     def _finish(self, step: int, content: dict[str, Any]) -> None:
         try:

@@ -208,7 +208,9 @@ def _kept(store: Checkpoints) -> Iterator[None]:
             with contextlib.suppress(OSError):  # of two errors, the one of training is told
                 store.close()
         raise
-    store.close()
+    with watchdog.phase("save"):
+        store.close()
+    watchdog.enter("start")
 
 
 @contextlib.contextmanager

@@ -76,13 +76,13 @@ class Rollbacks:
 def _advice(fault: DivergedError) -> str:
     if fault.finite:
         return (
-            "the weights are finite and so are these losses or gradients, but far above those "
-            "before: training diverges here. Lower Optimizer.learning_rate or set "
+            "the weights there are finite, and so are these losses and gradients, but far above "
+            "those before: training diverges here. Lower Optimizer.learning_rate or set "
             "Optimizer.clip_norm, in another workdir; or set Guard.spike_deviations = None if it "
             "should go through"
         )
     return (
-        "the weights are finite, so the activations of these batches hold values that are not, or "
-        "too large ones: mend the data, or lower Optimizer.learning_rate and train in another "
-        "workdir"
+        "the weights there are finite, so the activations of these batches hold values that are "
+        "not (mend the data), or training had diverged before them (lower Optimizer.learning_rate "
+        "or set Optimizer.clip_norm, in another workdir)"
     )

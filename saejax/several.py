@@ -4,6 +4,7 @@ The forward passes of the subject are made once for all of them. Each has a run 
 own, `<workdir>/<name>`, and is what a run of its own would have made of the same batches.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -189,7 +190,10 @@ class Several:
                 )
                 for name, experiment in experiments.items()
             }  # fmt: skip
-            fitted = together(trainings, functools.partial(_batches, sources))
+            with contextlib.ExitStack() as stack:  # a change that one refuses is none for any
+                for run in runs.values():
+                    stack.enter_context(run.change_accepted())
+                fitted = together(trainings, functools.partial(_batches, sources))
         if any(one.stopped for one in fitted.values()):
             return exits.PREEMPTED
         for name, experiment in experiments.items():

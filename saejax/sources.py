@@ -231,7 +231,7 @@ def open_streams(
             subject,
             batches=batches,
             train_rows=lambda rows=rows: iter([rows]),
-            mean_D=rows.astype(np.float64).mean(0),
+            mean_D=rows.mean(0, dtype=np.float64),
             identity=identity,
         )
     return sources

@@ -53,16 +53,19 @@ def verify(workdir: pathlib.Path) -> int:
 def find(workdir: pathlib.Path) -> Iterator[Finding]:
     """Looks at checkpoints, newest first, then at stores; one at a time."""
     run = RunDirectory(workdir)
-    store = Checkpoints(run.checkpoints, alone=True)
-    for step in reversed(store.steps()):
-        yield from _checkpoint(store, step)
+    # Of the run itself, or of several in folders of their own.
+    for folder in (run.checkpoints, *sorted(run.path.glob("*/checkpoints"))):
+        store = Checkpoints(folder, alone=True)
+        where = "" if folder == run.checkpoints else f"{folder.parent.name}: "
+        for step in reversed(store.steps()):
+            yield from _checkpoint(store, step, where)
     for path in sorted({p.parent for name in _STORE for p in run.activations.rglob(name)}):
         yield _store(path, run.path)
 
 
-def _checkpoint(store: Checkpoints, step: int) -> Iterator[Finding]:
+def _checkpoint(store: Checkpoints, step: int, where: str) -> Iterator[Finding]:
     """The files of a step together, then each of its arrays as it comes to a device."""
-    what = f"checkpoint {step}"
+    what = f"{where}checkpoint {step}"
     try:
         metadata = store.check_files(step)
     except (OSError, ValueError) as error:

@@ -98,6 +98,7 @@ class Wishes:
         self._saved = clock()
         self._ask = self._own if mesh is None else AgreedWish(self._own, mesh)
         self._wish = _NOTHING
+        self._just_saved, self._lags = False, mesh is not None
 
     def _own(self) -> int:
         if self._stop_requested():
@@ -114,7 +115,11 @@ class Wishes:
     def save(self, step: int) -> bool:
         """Whether to save after this step."""
         every = self._config.every_steps
-        due = self._wish == _SAVE or (every is not None and step % every == 0)
+        # Among several processes the answer to this call's wish comes with the next: what was
+        # wished before a save is no wish for another one.
+        late = self._wish == _SAVE and not (self._lags and self._just_saved)
+        due = late or (every is not None and step % every == 0)
+        self._just_saved = due
         if due:
             self._saved = self._clock()
         return due

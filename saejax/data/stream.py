@@ -16,6 +16,7 @@ lanes, not on that of devices or processes.
 """
 
 import collections
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from saejax import mesh as mesh_lib
 from saejax.data.stream_plan import StreamPlan, row_order
 from saejax.data.tokens import Contexts
 
+_LOG = logging.getLogger(__name__)
 _GROUPS_AHEAD = 2  # forward passes whose results were not looked at yet
 
 Forward = Callable[[Any, jax.Array], Mapping[str, jax.Array]]
@@ -140,7 +142,8 @@ class Stream:
         parts, found, number = [], 0, 0
         whole = mesh_lib.replicated(self._mesh)
         while found < n:
-            values = jax.device_put(self._harvested(number)[site].values, whole)
+            each = -(-(n - found) // self.plan.lanes)  # of all lanes alike, and no more than needed
+            values = jax.device_put(self._harvested(number)[site].values[:, :each], whole)
             parts.append(np.asarray(values).reshape(-1, values.shape[-1]))
             found, number = found + len(parts[-1]), number + 1
         self._check(wait=True)
@@ -197,7 +200,7 @@ class Stream:
             number, outliers, bad = self._unchecked.popleft()
             for site in bad:
                 if number > self._counted:
-                    self.outliers[site] += _own_sum(outliers[site])
+                    self._count_outliers(site, _own_sum(outliers[site]))
                 if count := _own_sum(bad[site]):
                     ids = self.plan.contexts[self.plan.group(number)]
                     names = [self._contexts.names[d] for d in self._contexts.document[ids.flat]]
@@ -207,6 +210,16 @@ class Stream:
                         "model, or run it in float32."
                     )
             self._counted = max(self._counted, number)
+
+    def _count_outliers(self, site: str, count: int) -> None:
+        before = self.outliers[site]
+        self.outliers[site] += count
+        if self.outliers[site].bit_length() > before.bit_length():  # the first, and each doubling
+            _LOG.info(
+                "stream %s: %d rows with outlying norms so far, others in their place",
+                site,
+                self.outliers[site],
+            )
 
 
 def _own_sum(array: jax.Array) -> int:
@@ -229,7 +242,8 @@ def _harvester(forward: Forward, plan: StreamPlan, mesh: Mesh, max_norm_ratio: f
         if max_norm_ratio is not None:
             ranked_P = jnp.sort(jnp.where(there_P, norm_P, jnp.inf))
             median = ranked_P[jnp.maximum(count_1[0] - 1, 0) // 2]
-            sound_P = there_P & ~(norm_P > max_norm_ratio * median)
+            # Where most rows are zero there is no scale, hence no outlier.
+            sound_P = there_P & ~((norm_P > max_norm_ratio * median) & (median > 0))
         # Sound rows first, each set in its own order; were they too few, the first ones come again.
         order_P = order_P[jnp.argsort(~sound_P, stable=True)]
         n_sound = jnp.maximum(sound_P.sum(dtype=jnp.int32), 1)
@@ -237,7 +251,8 @@ def _harvester(forward: Forward, plan: StreamPlan, mesh: Mesh, max_norm_ratio: f
         length = len(order_P) // len(context_G)
         rows = Rows(acts_PD[row_q], context_G[row_q // length], row_q % length)
         outliers = (there_P & ~sound_P).sum(dtype=jnp.int32, keepdims=True)
-        bad = (there_P & ~jnp.isfinite(norm_P)).sum(dtype=jnp.int32, keepdims=True)
+        finite_P = jnp.isfinite(acts_PD).all(-1)[order_P]
+        bad = (there_P & ~finite_P).sum(dtype=jnp.int32, keepdims=True)
         return rows, outliers, bad
 
     def choose_all(acts_NTD, context_LG, order_LP, count_L1):

@@ -190,7 +190,7 @@ def _open_stores(
 ) -> dict[str, dict[str, Store]]:
     """The store of every split and site, created or continued once nothing speaks against it."""
     specs = {split: store_specs(cfg, subject, split, text) for split, text in texts.items()}
-    if batch_size is not None:
+    if batch_size is not None and "train" in specs:
         check_batch_size(batch_size, specs["train"][cfg.site].contexts_per_shard)
     everything = [spec for by_site in specs.values() for spec in by_site.values()]
     check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in everything))

@@ -44,6 +44,11 @@ class StreamConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Stream.{name} = {value}: must be at least 1.")
+        if self.harvest.sites:
+            raise ValueError(
+                f"Harvest.sites = {self.harvest.sites}: a stream is read at Harvest.site, or at "
+                "the sites of the members of Several; leave Harvest.sites empty."
+            )
 
     @property
     def held_out(self) -> HarvestConfig:
@@ -129,13 +134,10 @@ def open_stream(
         keep=keep,
         max_norm_ratio=harvest.max_norm_ratio,
     )
-    settings = (plan.lanes, plan.group_contexts, plan.buffer_batches, plan.n_contexts, plan.seed)
-    more = (harvest.dtype, harvest.max_norm_ratio)
+    described = _described(plan, harvest)
     identity = {
-        "subject": subject.fingerprint,
-        "text": contexts.fingerprint,
-        "stream": " ".join(map(str, (*settings, *more))),
-    }
+        "subject": subject.fingerprint, "text": contexts.fingerprint, "stream": described
+    }  # fmt: skip
     return stream, identity
 
 
@@ -144,3 +146,17 @@ def _bounded(keep_NT: np.ndarray, tokens: int | None) -> int:
     if tokens is None:
         return len(keep_NT)
     return min(len(keep_NT), int(np.searchsorted(keep_NT.sum(1).cumsum(), tokens)) + 1)
+
+
+def _described(plan: StreamPlan, harvest: HarvestConfig) -> str:
+    """What the sequence of batches depends on, beside subject and text."""
+    settings = {
+        "Stream.lanes": plan.lanes,
+        "Stream.buffer_batches": plan.buffer_batches,
+        "Harvest.batch_contexts": plan.group_contexts,
+        "Harvest.max_norm_ratio": harvest.max_norm_ratio,
+        "Harvest.dtype": harvest.dtype,
+        "Harvest.seed": plan.seed,
+        "contexts": plan.n_contexts,
+    }
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())

@@ -99,7 +99,7 @@ class Window:
 
     def diverged(self, step: int) -> DivergedError:
         """What to raise after `step`, the last of those skipped in a row."""
-        return DivergedError(step - self.in_a_row + 1, step, *self._bad)
+        return DivergedError(step - max(self.in_a_row, 1) + 1, step, *self._bad)
 
     def settle(self) -> None:
         """Waits for the last step and counts it; raises DivergedError as `add` does."""

@@ -145,9 +145,9 @@ def run_steps(
     for done in range(first + 1, last + 1):
         state, metrics = step_fn(state, arriving)
         watch.enter("step")
-        arriving = _next(source, place, done, last)
-        if block:
+        if block:  # before the next batch too: to make one may need the devices
             jax.block_until_ready(metrics)
+        arriving = _next(source, place, done, last)
         window.add(done, metrics)
         ending = watch.stop_requested() or done == last
         due = watch.save_due(done) or ending or late
@@ -164,12 +164,14 @@ def run_steps(
 
 
 def _saved(state: TrainState, window: hooks.Window, watch: Watch, ending: bool) -> bool:
-    """Saves the state, unless its step was skipped and others follow; whether it did."""
+    """Saves the state, unless its step was skipped or spoiled it; whether it did."""
     window.settle()
     if window.in_a_row and not ending:
         return False
-    if window.in_a_row and not guard.all_finite(state.params):
-        raise window.diverged(int(state.step))
+    if not guard.all_finite(state.params):  # an update of finite numbers may overflow
+        if ending:
+            raise window.diverged(int(state.step))
+        return False
     watch.enter("save")
     watch.save(state, window.state())
     watch.enter("step")

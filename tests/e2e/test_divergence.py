@@ -143,7 +143,7 @@ def test_what_happens_twice_is_told(tmp_path, factor, says):
         run(tmp_path / "run", batches)
     text = str(caught.value)
     assert "steps 17 to 19 were skipped (batches 16 to 18;" in text and says in text
-    assert "a second time since checkpoint 15: the weights are finite" in text
+    assert "a second time since checkpoint 15: the weights there are finite" in text
     assert batches.begun == [0, 15] and steps_saved(tmp_path / "run") == ["5", "10", "15"]
 
 

@@ -227,8 +227,7 @@ def test_a_leader_that_is_not_done_is_named():
 
 def test_an_interruption_of_the_leader_is_one_of_all():
     port = free_port()
-    between = "import signal\ndef act(): os.kill(os.getpid(), signal.SIGTERM)\n"
-    between += "processes.lead('evaluation', act)"
+    between = "processes.lead('evaluation', lambda: os.kill(os.getpid(), 15))"
     for code, out, errors in outcomes(*(environment(i, port, BETWEEN=between) for i in (0, 1))):
         assert (code, out) == (42, ""), errors
         assert errors == "saejax: interrupted by SIGTERM; the same command continues\n"

@@ -171,7 +171,16 @@ def test_bad_weights_are_not_saved():
     loop.params = {"w": jnp.asarray([1.0, math.nan])}
     with pytest.raises(hooks.DivergedError, match=r"steps 7 to 7 were skipped .batches 6 to 6;"):
         loop.run()
-    assert done(loop, "save") == [3, 6]
+    assert done(loop, "save") == []
+
+
+def test_weights_that_an_accepted_step_spoiled_are_not_saved():
+    loop = Recorder(bad=skipped(4, 5, 6, 7))
+    loop.params = {"w": jnp.asarray([math.inf])}
+    loop.watch = dataclasses.replace(loop.watch, rollback_after=4)
+    with pytest.raises(hooks.DivergedError, match="steps 4 to 7"):
+        loop.run()
+    assert done(loop, "save") == []
 
 
 def test_so_many_skipped_steps_in_a_row_end_the_loop(caplog):
