@@ -86,10 +86,10 @@ class Checkpoints:
         *,
         alone: bool = False,
     ):
-        """Names the folder of checkpoints; it is created by the first save.
+        """Names the folder of checkpoints, which the first save creates.
 
         Args:
-          directory: the folder; all processes must see the same.
+          directory: all processes must see the same.
           keep, keep_every: which are kept, see `CheckpointConfig`.
           alone: this process reads by itself. Without it, several processes make every call
             together: each writes and reads its own shards, and one fault is a fault for all.
@@ -149,9 +149,8 @@ class Checkpoints:
 
     def _make_writer(self) -> ocp.AsyncCheckpointer:
         # Several trainings may save at once, and must not meet at each other's barriers.
-        name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:16]
-        own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
-        among = {"multiprocessing_options": own}
+        own = {"barrier_sync_key_prefix": hashlib.sha256(str(self.directory).encode()).hexdigest()}
+        among = {"multiprocessing_options": ocp.options.MultiprocessingOptions(**own)}
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, **among)
         return ocp.AsyncCheckpointer(handler, **among)
 
