@@ -65,6 +65,7 @@ def told(errors: str, step: int) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_told_and_training_goes_on_later(quiet, tmp_path):
     workdir = shutil.copytree(quiet, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/60")  # it has 40 left

@@ -86,7 +86,9 @@ def test_a_bad_batch_is_skipped_counted_and_survived(tmp_path, factor, caplog):
     assert all(f"being {kind}" in m for m in told) and told[2].endswith("; 2 in a row")
 
 
-@pytest.mark.parametrize("stop_after", [10, 15, 16])
+@pytest.mark.parametrize(
+    "stop_after", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 16))]
+)
 def test_a_stop_at_a_skipped_step_changes_nothing(tmp_path, stop_after):
     bad = {9: np.nan, 14: np.nan, 15: np.nan}
     whole = run(tmp_path / "whole", Faulty(bad))

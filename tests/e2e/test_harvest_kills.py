@@ -130,7 +130,7 @@ def trials(start, clean, workdir, writers, kills, early=0.0):
     return struck, partial, total
 
 
-@pytest.mark.parametrize("writers", [1, 2])
+@pytest.mark.parametrize("writers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_harvests_end_in_the_same_store(start, clean, tmp_path, writers):
     struck, partial, total = trials(start, clean, tmp_path / "run", writers, kills=2)
     assert struck and 0 < partial[-1] < total, partial

@@ -138,7 +138,7 @@ def check(folder: pathlib.Path, quiet, processes: int, kills: int, seed: int) ->
     return survived
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, quiet, processes):
     records = outcome(quiet(processes))[1]
     assert [record["step"] for record in records] == list(range(4, STEPS + 1, 4))

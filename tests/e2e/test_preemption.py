@@ -65,7 +65,9 @@ def end_of(workdir: pathlib.Path):
     return step, store.metadata(step)["arrays"], kept
 
 
-@pytest.mark.parametrize("which", [[0], [1], [0, 1]])
+@pytest.mark.parametrize(
+    "which", [[1], *(pytest.param(one, marks=pytest.mark.slow) for one in ([0], [0, 1]))]
+)
 def test_sigterm_to_any_of_two_stops_both_at_the_same_step(tmp_path, which):
     workdir = tmp_path / "run"
     group = pair(workdir)
@@ -95,7 +97,9 @@ def test_two_that_were_stopped_end_as_those_that_were_not(tmp_path):
     assert end_of(tmp_path / "quiet") == end_of(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("seconds", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "seconds", [1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.2, 3.0))]
+)
 def test_alone_before_training_it_leaves_at_once(tmp_path, seconds):
     process = begin(command(tmp_path / "run", **LONG))
     time.sleep(seconds)
@@ -152,7 +156,7 @@ def may_unshare() -> bool:
 
 @pytest.mark.skipif(not may_unshare(), reason="this machine gives nobody a process 1 of their own")
 @pytest.mark.parametrize("when", ["at the start", "in training"])
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_process_1_hears_it_too(tmp_path, when, several):
     workdir = tmp_path / "run"
     port = free_port()

@@ -191,6 +191,7 @@ def test_other_numbers_of_devices_are_refused_by_all():
         assert_refused(outcome, r"process 0 has 2 device\(s\), and the others 1; give all")
 
 
+@pytest.mark.slow
 def test_a_late_twin_does_not_disturb_the_run():
     port = free_port()
     between = "import time; time.sleep(12)"

@@ -168,7 +168,8 @@ def digests(workdir: pathlib.Path):
     return step, {name: array["digest"] for name, array in store.metadata(step)["arrays"].items()}
 
 
-@pytest.mark.parametrize("trials", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [12])
 def test_killed_runs_end_bit_identical(tmp_path, trials):
     quiet = start(tmp_path / "quiet")
     _, said = quiet.communicate(timeout=600)
