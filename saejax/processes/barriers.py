@@ -42,24 +42,32 @@ def lead(name: str, action: Callable[[], Any], seconds: float | None = None) -> 
     """
     if group.count() == 1:
         return action()
-    key = _key(name)
+    key, fault = _key(name), None
     if group.index() > 0:
         outcome = json.loads(_wait(key, name, [0], _deadline(seconds)))
-        Group.ending = Group.ending or "result" not in outcome
-        if "interrupted" in outcome:
-            raise PreemptedError
-        if "error" in outcome:
-            raise LeaderError(f"process 0 failed: {outcome['error']}")
-        return outcome["result"]
+    else:
+        outcome, fault = _act(action)
+        group.client().key_value_set(key, json.dumps(outcome))
+    Group.ending = Group.ending or "result" not in outcome
+    if "interrupted" in outcome:
+        raise fault if isinstance(fault, KeyboardInterrupt) else PreemptedError
+    if "error" in outcome:
+        raise LeaderError(outcome["error"]) if fault is None else fault
+    return outcome["result"]
+
+
+def _act(action: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
+    """What the others are told of an action of process 0, and what it raised."""
+    Group.leading = True
     try:
-        result = action()
+        outcome, fault = {"result": action()}, None
     except BaseException as error:
-        Group.ending = True
-        kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
-        group.client().key_value_set(key, json.dumps({kind: f"{type(error).__name__}: {error}"}))
-        raise
-    group.client().key_value_set(key, json.dumps({"result": result}))
-    return result
+        outcome, fault = {"error": f"process 0 failed: {type(error).__name__}: {error}"}, error
+    finally:
+        Group.leading = False
+    if Group.preempted or isinstance(fault, KeyboardInterrupt):  # or whatever became of it
+        outcome = {"interrupted": True}
+    return outcome, fault
 
 
 def meet(name: str, seconds: float | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class PreemptedError(KeyboardInterrupt):
-    """SIGTERM where there is nothing to be finished: the program ends with `exits.PREEMPTED`."""
+    """SIGTERM while process 0 acts for all: the program ends with `exits.PREEMPTED`."""
 
 
 class Group:
@@ -17,6 +17,10 @@ class Group:
     """Calls of `lead` and `meet` so far, the same in every process."""
     ending = False
     """Every process is known to end."""
+    leading = False
+    """This process acts, in `lead`, and others wait."""
+    preempted = False
+    """SIGTERM came meanwhile."""
 
 
 def count() -> int:

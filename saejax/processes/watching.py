@@ -28,9 +28,19 @@ _OURS, _PREFIX = "saejax: ", "saejax: error: "
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def raise_preempted(number: int, frame: object) -> None:
-    """The handler of SIGTERM outside training."""
-    raise PreemptedError
+def leave(number: int, frame: object) -> None:
+    """The handler of SIGTERM outside training, where nothing has to be finished.
+
+    No exception, which libraries may swallow or turn into one of their own; except where process 0
+    acts for all: the others are waiting for its word.
+    """
+    if Group.leading:
+        Group.preempted = True
+        raise PreemptedError
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"saejax: interrupted by SIGTERM; the same command continues\n")
+    os._exit(exits.PREEMPTED)
 
 
 def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
@@ -39,8 +49,8 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     Call it before JAX is imported: it forks.
 
     Args:
-      work: returns the exit code; calls `join` before it uses a device. SIGTERM raises
-        PreemptedError in it, unless it handles that signal.
+      work: returns the exit code; calls `join` before it uses a device. SIGTERM ends it (`leave`),
+        unless it handles that signal.
       verbose: pass on everything that JAX prints about lost processes.
 
     Returns:
@@ -51,7 +61,7 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     with contextlib.suppress(ValueError):  # `join` raises it, where errors are expected
         found = settings(os.environ)
     if found is None:
-        signal.signal(signal.SIGTERM, raise_preempted)
+        signal.signal(signal.SIGTERM, leave)
         return work()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,7 +76,7 @@ def watched(work: Callable[[], int], *, verbose: bool = False) -> int:
     os.dup2(writing, 2)
     os.close(writing)
     os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone, which forwards it once
-    signal.signal(signal.SIGTERM, raise_preempted)
+    signal.signal(signal.SIGTERM, leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     with contextlib.suppress(OSError, AttributeError):  # a killed parent takes it along, on Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
