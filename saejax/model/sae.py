@@ -84,6 +84,10 @@ def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field} = {value!r} must be one of {allowed}")
 
 
+_encode_top_k = jax.jit(sparse.encode_top_k, static_argnums=(4, 5))
+_decode = jax.jit(sparse.decode, static_argnums=(3,))
+
+
 class SAE(nnx.Module):
     """A k-sparse autoencoder: `decode(encode(x))` in the space of the raw activations.
 
@@ -146,7 +150,7 @@ class SAE(nnx.Module):
         k, dtype = self.config.k, self.config.dtype
         if self.mesh is not None:
             return sharded.encode_top_k(x_BD, self.params, k, dtype, self.mesh)
-        return sparse.encode_top_k(
+        return _encode_top_k(
             x_BD, self.w_enc[...], self.latent_bias[...], self.pre_bias[...], k, dtype
         )
 
@@ -158,7 +162,7 @@ class SAE(nnx.Module):
         values, indices = latents.values, latents.indices
         n, k = math.prod(values.shape[:-1]), values.shape[-1]
         code = (values.reshape(n, k), indices.reshape(n, k), self.w_dec[...], self.config.dtype)
-        out_BD = sparse.decode(*code) if self.mesh is None else sharded.decode(*code, self.mesh)
+        out_BD = _decode(*code) if self.mesh is None else sharded.decode(*code, self.mesh)
         x_n = out_BD.reshape(*values.shape[:-1], self.config.d_model) + self.pre_bias[...]
         return self.normalizer.undo(x_n, latents.offset, latents.scale)
 

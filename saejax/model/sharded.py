@@ -15,6 +15,8 @@ from saejax.model import sparse
 from saejax.types import Params
 
 
+# Both are compiled as a whole: step by step, every line of them would be a program of its own.
+@functools.partial(jax.jit, static_argnames=("k", "dtype", "mesh"))
 def encode_top_k(
     x_BD: jax.Array, params: Params, k: int, dtype: jnp.dtype, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,6 +50,7 @@ def _encode_local(x_BD, w_enc_LD, latent_bias_L, pre_bias_D, k: int, dtype: jnp.
     return collectives.merge_top_k(values_BC, indices_BC, len(w_enc_LD), k)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
 def decode(
     values_BK: jax.Array, indices_BK: jax.Array, w_dec_LD: jax.Array, dtype: jnp.dtype, mesh: Mesh
 ) -> jax.Array:

@@ -1,5 +1,7 @@
 """Initial parameters: directions, scale, and the geometric median."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +16,20 @@ D, L, K = 32, 256, 8
 PRE_BIAS = np.linspace(-1, 1, D).astype(np.float32)
 
 
+@functools.cache
+def jitted(scaled, mesh_shape, **options):
+    def make(key):
+        fresh = init_params(key, jnp.asarray(PRE_BIAS), L, **options)
+        return match_scale(fresh, key, K, make_mesh(MeshShape(*mesh_shape))) if scaled else fresh
+
+    return jax.jit(make)
+
+
 def params(scaled=True, key=0, mesh_shape=(1, 1), **options):
-    key = jax.random.key(key)
-    fresh = init_params(key, jnp.asarray(PRE_BIAS), L, **options)
-    return match_scale(fresh, key, K, make_mesh(MeshShape(*mesh_shape))) if scaled else fresh
+    return jitted(scaled, mesh_shape, **options)(jax.random.key(key))
 
 
+@jax.jit
 def reconstruction_norms(p):
     """Of fresh unit vectors about pre_bias."""
     x = unit_rows(jax.random.normal(jax.random.key(99), (512, D))) + p["pre_bias"][None, :]
@@ -27,7 +37,7 @@ def reconstruction_norms(p):
         x, p["w_enc"], p["latent_bias"], p["pre_bias"], K, jnp.dtype("float32")
     )
     out = sparse.decode(jax.nn.relu(values), indices, p["w_dec"], jnp.dtype("float32"))
-    return np.linalg.norm(out, axis=-1)
+    return jnp.linalg.norm(out, axis=-1)
 
 
 def test_decoder_rows_are_unit_and_the_encoder_parallel():
