@@ -1,11 +1,12 @@
 """What watches a training run: metrics, skipped steps, progress."""
 
+import contextlib
 import json
 import logging
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -169,33 +170,70 @@ class Window:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard events of one run."""
+    """`metrics.jsonl` and TensorBoard events of one run.
+
+    Written and flushed by the thread that trains: one of the library's own that meets a full disk
+    ends, and whoever hands it the next event waits for ever.
+    """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int = 0):
-        """Opens both; records after `resume_step`, of steps that will run again, are dropped."""
-        from tensorboardX import SummaryWriter  # protobuf is slow to import; only runs need it
+        """Opens both; records after `resume_step`, of steps that will run again, are dropped.
 
-        self._path = workdir / "metrics.jsonl"
+        Raises:
+          OSError: as of `write`.
+        """
+        from tensorboardX.event_file_writer import EventsWriter  # protobuf is slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
         kept = [r for r in read_metrics(self._path) if r["step"] <= resume_step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self._path)
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-        )
+        with _written(self._path):
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.replace(self._path)
+        with _written(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(self._folder / "events"))
+            if resume_step:  # hides what another start wrote of the steps that will run again
+                again = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=resume_step + 1, session_log=again))
+            self._events.flush()
 
     def write(self, record: dict[str, float]) -> None:
-        """Appends one record."""
-        with self._path.open("a") as file:
+        """Appends one record.
+
+        Raises:
+          OSError: a file cannot be written: which, and why.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with _written(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "tokens"):
-                self._events.add_scalar(f"train/{name}", value, int(record["step"]))
+        with _written(self._folder):
+            for name, value in record.items():
+                if name not in ("step", "tokens"):
+                    summary = scalar(f"train/{name}", value)
+                    event = Event(step=int(record["step"]), wall_time=time.time(), summary=summary)
+                    self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
-        """Flushes the events."""
-        self._events.close()
+        """Closes the events."""
+        with _written(self._folder):
+            self._events.close()
+
+
+@contextlib.contextmanager
+def _written(path: pathlib.Path) -> Iterator[None]:
+    """Says what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}). Mend the cause, then the same "
+            f"command continues from the last checkpoint"
+        ) from error
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:

@@ -12,7 +12,8 @@ SMALL = [
 ]
 
 
-def test_a_short_run_holds(tmp_path, capsys):
+def test_a_short_run_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # compiled as for users
     code = chaos.main(["--minutes=0.4", "--seed=3", f"--folder={tmp_path}", "--", *SMALL])
     out = capsys.readouterr().out
     assert code == 0, out

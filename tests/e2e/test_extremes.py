@@ -30,6 +30,7 @@ def run(folder, *bindings):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_latent_kept_and_more_than_dimensions(tmp_path):
     result = run(tmp_path / "run", "SAE.n_latents = 12", "SAE.k = 12", "SAE.relu = False")
     assert result["l0"] == pytest.approx(12, abs=1e-3)
@@ -37,6 +38,7 @@ def test_every_latent_kept_and_more_than_dimensions(tmp_path):
     assert result["baselines"]["pca_nmse"] < 1e-9
 
 
+@pytest.mark.slow
 def test_without_relu_training_and_evaluation_count_alike(tmp_path):
     result = run(tmp_path / "run", "SAE.n_latents = 32", "SAE.k = 20", "SAE.relu = False")
     records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()

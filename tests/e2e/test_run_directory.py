@@ -322,6 +322,7 @@ def test_another_configuration_is_refused(copy, capsys):
     assert digests(folder, *RESULTS, "run.json", "tensorboard") == before
 
 
+@pytest.mark.slow
 def test_another_configuration_goes_on_where_it_is_allowed(copy, capsys, caplog):
     folder, command = copy
     change = ("Train.tokens = 33_280", "Train.log_every = 20", "Report.latents = 5")

@@ -135,7 +135,9 @@ def test_a_stranger_at_the_port_is_no_process_0():
     assert "is no process 0 that waits for others; the run may have begun" in errors
 
 
-@pytest.mark.parametrize(("counts", "wrong"), [((2, 3), 3), ((3, 2), 2)])
+@pytest.mark.parametrize(
+    ("counts", "wrong"), [((2, 3), 3), pytest.param((3, 2), 2, marks=pytest.mark.slow)]
+)
 def test_a_wrong_count_is_refused_by_all(counts, wrong):
     port = free_port()
     for outcome in outcomes(*(environment(i, port, n) for i, n in enumerate(counts))):

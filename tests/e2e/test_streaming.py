@@ -203,20 +203,22 @@ SEVERAL = {
 }
 
 
-def test_several_end_as_each_would_alone(tmp_path):
-    """Two sizes at one site and one at another, from one pass, stopped once on the way."""
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_several_end_as_each_would_alone(tmp_path, stopped):
+    """Two sizes at one site and one at another, from one pass; stopped once on the way, or not."""
     bindings = {k: v for k, v in SEVERAL.items() if k not in ("Experiment.report", "SAE.n_latents")}
     command = [
         *(sys.executable, "-m", "saejax.main", "--gin_file=gin/several.gin"),
         f"--workdir={tmp_path / 'all'}",
         *(f"--gin_bindings={name} = {value!r}" for name, value in bindings.items()),
     ]
-    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("all/mlp/checkpoints/[0-9]*")) and running.poll() is None:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=600)
-    assert running.returncode in (0, 42), said
+    if stopped:
+        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while not list(tmp_path.glob("all/mlp/checkpoints/[0-9]*")) and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=600)
+        assert running.returncode in (0, 42), said
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, latents in (("small", 64), ("large", 256), ("mlp", 128)):

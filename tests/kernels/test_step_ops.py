@@ -100,7 +100,7 @@ def code(tokens, k, n, seed):
     return rng.normal(size=(tokens, k)), indices, rng
 
 
-@quick
+@settings(quick, max_examples=6)
 @given(
     tokens=st.integers(1, 70),
     d=st.integers(1, 40),

@@ -115,15 +115,18 @@ TERMS = {
 }
 
 
+# The default run leaves out what lies between the shapes that it tries.
+OFTEN = {s: () if s in ((1, 8), (2, 4)) else pytest.mark.slow for s in ((1, 1), *OTHER_MESHES)}
+
 # Every term by itself on one device; the sum of all on every mesh; and where selection over shards
 # differs most, with shards that hold fewer dead latents than k_aux, or many more.
 CASES = [
-    *((term, (1, 1)) for term in TERMS),
-    *(("all", mesh_shape) for mesh_shape in OTHER_MESHES),
+    *((term, (1, 1)) for term in TERMS if term != "all"),
+    *(pytest.param("all", shape, marks=OFTEN[shape]) for shape in ((1, 1), *OTHER_MESHES)),
     ("auxk, fewer dead than k_aux", (2, 4)),
     ("auxk, many more dead than k_aux", (1, 8)),
     ("all, dense codes", (2, 4)),
-    ("all, codes over data", (8, 1)),
+    pytest.param("all, codes over data", (8, 1), marks=pytest.mark.slow),
     ("all, codes over data", (4, 2)),
     ("all, gathered candidates", (2, 4)),
     ("all, truncated", (1, 8)),

@@ -88,7 +88,7 @@ def reference(subject, sae, tokens, mean, first):
     return loss, kl
 
 
-@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_equals_the_reference(subject, sae, first):
     tokens = contexts()
     given = inputs(subject, tokens, first_position=first)

@@ -142,11 +142,10 @@ h.harvest(cfg, sys.argv[1], lambda line: print(line, flush=True))
 def test_killed_harvests_end_in_the_same_store(clean, cfg, tmp_path):
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "text"}
     code = CHILD.format(root=str(ROOT), fields=fields, text=dataclasses.asdict(cfg.text))
-    env = {**os.environ, "XLA_FLAGS": ""}
     rng, partial, commits = random.Random(1), [0], tmp_path / "train" / "commits"
     for trial in range(4):
         child = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
         if trial < 3:  # once more has been committed than before, kill at a random moment
             while child.poll() is None and len(list(commits.glob("*.json"))) <= partial[-1]:
@@ -374,7 +373,7 @@ def test_a_full_disk_is_one_message_and_freed_space_continues(clean, cfg, tmp_pa
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name != "text"}
     code = CHILD.format(root=str(ROOT), fields=fields, text=dataclasses.asdict(cfg.text))
     head, _, call = code.rpartition("\nh.harvest")
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     full = subprocess.run(
         [sys.executable, "-c", f"{head}\n{FULL}\nh.harvest{call}", str(tmp_path)],
         capture_output=True, text=True, env=env,

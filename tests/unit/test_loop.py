@@ -5,12 +5,16 @@ import functools
 import json
 import logging
 import math
+import os
+import pathlib
+import struct
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from saejax import mesh as mesh_lib
 from saejax.capacity import TopKConfig
@@ -366,6 +370,47 @@ def test_metrics_are_appended_and_later_ones_dropped_on_resume(tmp_path):
     hooks.MetricsWriter(tmp_path, resume_step=20).close()
     assert hooks.read_metrics(tmp_path / "metrics.jsonl") == records[:2]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_is_full_is_named_at_once_and_nothing_waits(tmp_path):
+    record = {"step": 10.0, "tokens": 1.0, "nmse": 0.5}
+    writer = hooks.MetricsWriter(tmp_path)
+    writer.write(record)
+    with open("/dev/full", "wb") as full:  # an event file that grows no more
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        handles = pathlib.Path("/proc/self/fd").iterdir()
+        (handle,) = (int(h.name) for h in handles if h.exists() and h.samefile(events))
+        kept = os.dup(handle)
+        os.dup2(full.fileno(), handle)
+    for _ in range(20):
+        with pytest.raises(OSError, match=r"tensorboard cannot be written \(No space left on dev"):
+            writer.write(record)
+    os.dup2(kept, handle)
+    os.close(kept)
+    writer.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(No space .* continues"):
+        writer.write(record)
+
+
+def test_events_are_those_of_tensorboard(tmp_path):
+    record = {"step": 10.0, "tokens": 640.0, "nmse": 0.25, "l0": 8.0}
+    writer = hooks.MetricsWriter(tmp_path, resume_step=5)
+    writer.write(record)
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # a record: length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert path.name.startswith("events.out.tfevents.")
+    assert events[0].file_version == "brain.Event:2"
+    assert events[1].step == 6 and events[1].session_log.status == 1
+    scalars = {e.summary.value[0].tag: e.summary.value[0].simple_value for e in events[2:]}
+    assert scalars == {"train/nmse": 0.25, "train/l0": 8.0}
+    assert {e.step for e in events[2:]} == {10}
 
 
 def test_the_time_that_batches_take_to_come_is_the_wait_share():

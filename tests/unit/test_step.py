@@ -324,8 +324,17 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "name, mesh_shape",
+    [
+        ("defaults", (1, 1)),
+        ("everything", (2, 4)),
+        ("no relu, no average", (2, 4)),
+        pytest.param("defaults", (2, 4), marks=pytest.mark.slow),
+        pytest.param("everything", (1, 1), marks=pytest.mark.slow),
+        pytest.param("no relu, no average", (1, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_dense_autodiff_and_optax_train_alike(name, mesh_shape):
     sae, loss, optimizer = (
         dataclasses.replace(base, **change)
