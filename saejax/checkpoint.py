@@ -115,12 +115,12 @@ class Checkpoints:
         self._folders.clear()
         self._folders.require_space(state_bytes, self._keep, self._keep_every)
 
-    def save(self, state: TrainState, metadata: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, metadata: Mapping[str, Any], doubtful: bool = False) -> None:
         """Starts to write a state and its JSON metadata as step `state.step`.
 
         Returns when the state is copied to the host and may be donated; the rest is done in the
-        background, where `check` looks for errors and `wait` for the end. The step folder appears
-        under its name when all of it is on disk.
+        background (`check`, `wait`). The step folder appears under its name when all of it is on
+        disk. A `doubtful` one replaces none: training may have to go back to before it.
 
         Raises:
           OSError: this step or the one before cannot be written, or is there already.
@@ -129,8 +129,8 @@ class Checkpoints:
         step = int(state.step)
         arrays = _named(state)
         content = {"format": _FORMAT, "step": step, **metadata}
+        sums = digests.array_digests(arrays)  # among several, the loss of one is no fault of a disk
         try:
-            sums = digests.array_digests(arrays)
             if self._peers.first:
                 self._folders.begin(step)
             self._writer = self._writer or self._make_writer()
@@ -142,9 +142,8 @@ class Checkpoints:
             name: {"shape": list(x.shape), "dtype": x.dtype.name, "digest": sums[name]}
             for name, x in arrays.items()
         }
-        self._thread = threading.Thread(
-            target=self._finish, args=(step, content), name=f"checkpoint {step}", daemon=True
-        )
+        arguments = (step, content, doubtful)
+        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
         self._thread.start()
 
     def _make_writer(self) -> ocp.AsyncCheckpointer:
@@ -154,7 +153,7 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, **among)
         return ocp.AsyncCheckpointer(handler, **among)
 
-    def _finish(self, step: int, content: dict[str, Any]) -> None:
+    def _finish(self, step: int, content: dict[str, Any], doubtful: bool) -> None:
         try:
             self._writer.wait_until_finished()
             folder = self._folders.saving(step)
@@ -162,7 +161,8 @@ class Checkpoints:
             if self._peers.first:
                 digests.write_sealed(folder / _METADATA, content | {"files": files})
                 self._folders.commit(step)
-                self._folders.prune(self._keep, self._keep_every)
+                if not doubtful:
+                    self._folders.prune(self._keep, self._keep_every)
         except BaseException as error:  # raised by `check`, in the thread that trains
             self._failure = step, error
 

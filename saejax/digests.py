@@ -127,17 +127,15 @@ def check_files(folder: pathlib.Path, files: Mapping[str, list], names: Iterable
     """Reads files and compares size and CRC-32 with `files`.
 
     Raises:
-      DamageError: naming the first file that differs, is missing, or cannot be read.
-      PermissionError: this user may not read it, which is no damage.
+      DamageError: naming the first file that differs or is missing.
+      OSError: one cannot be read, for now or by this user, which is no damage.
     """
     for name in names:
         path = folder / name
         try:
             found = _sum_of(path)
-        except PermissionError:
-            raise
-        except OSError as error:
-            raise DamageError(f"{path} cannot be read ({error.strerror or error})") from error
+        except FileNotFoundError as error:
+            raise DamageError(f"{path} is missing") from error
         size, crc = files[name]
         if found[0] != size:
             raise DamageError(f"{path} has {found[0]} bytes, but {size} were written")
@@ -159,15 +157,13 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
     """What `write_sealed` wrote, to the last byte.
 
     Raises:
-      DamageError: the file is missing, cannot be read, or differs in any byte.
-      PermissionError: this user may not read it.
+      DamageError: the file is missing, or differs in any byte.
+      OSError: it cannot be read, for now or by this user.
     """
     try:
         data = path.read_bytes()
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise DamageError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise DamageError(f"{path} is missing, or no file") from error
     seal = _SEAL.match(data)
     if seal is None or hashlib.sha256(data[seal.end() :]).hexdigest() != seal[1].decode():
         raise DamageError(f"{path} is not what was written: its SHA-256 does not fit")

@@ -24,7 +24,7 @@ from saejax.mesh import MeshShape
 from saejax.model import normalizer as normalizer_lib
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE
-from saejax.provenance import accept, describe_run
+from saejax.provenance import accept, describe_run, kept_normalizer
 from saejax.recipe import Recipe
 from saejax.rollback import train_through
 from saejax.train import hooks
@@ -110,11 +110,11 @@ def fit(
         about=about,
         accept=lambda metadata: accept(metadata, about, allow_config_change),
         create=create,
-        step=_step(recipe, normalizer, mesh),
+        normalizer=normalizer,
         batches=batches,
         write_to=write_to,
     )
-    state = training.run()
+    state, normalizer = training.run()
     own = _own_mesh(mesh, recipe.sae.n_latents)
     return Fitted(
         export=_exporter(state, recipe, normalizer, checkpoints, own),
@@ -130,6 +130,7 @@ class _Begin(NamedTuple):
     step: int
     state: TrainState
     window: Mapping[str, Any] | None
+    normalizer: Normalizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,36 +144,39 @@ class _Training:
     about: Mapping[str, Any]
     accept: Callable[[dict[str, Any]], None]
     create: Callable[[Mesh], TrainState]
-    step: Callable
+    normalizer: Normalizer
     batches: Any
     write_to: pathlib.Path
 
-    def run(self) -> TrainState:
-        """Trains to the end, or until asked to stop; the last state."""
+    def run(self) -> tuple[TrainState, Normalizer]:
+        """Trains to the end, or until asked to stop; the last state, and its normaliser."""
         recipe = self.recipe
         abstract = abstract_on(self.mesh, recipe.sae, recipe.optimizer, recipe.train.steps)
-        step_fn = jit_step(self.step, abstract, self.mesh)
-        with watchdog.phase("restore"):  # devices need not hold a fresh state beside the restored
-            begin = self._newest(abstract) or _Begin(0, self.create(self.mesh), None)
+        begin = self._begin(abstract)
         if begin.step:
             _LOG.info("resuming at step %d", begin.step)
         n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         processes.lead("room for checkpoints", lambda: self.store.prepare(n_bytes))
+        own = dataclasses.replace(self, normalizer=begin.normalizer)
+        step_fn = jit_step(_step(recipe, own.normalizer, self.mesh), abstract, self.mesh)
 
         def back(last_good: int) -> _Begin:
             with watchdog.phase("restore"):
                 self.store.truncate(last_good)
-                return self._newest(abstract) or _Begin(0, self.create(self.mesh), None)
+            return own._begin(abstract)
 
         with _kept(self.store):
-            return train_through(begin, lambda begin: self._steps(step_fn, begin), back)
+            state = train_through(begin, lambda begin: own._steps(step_fn, begin), back)
+        return state, own.normalizer
 
-    def _newest(self, abstract: TrainState) -> _Begin | None:
-        found = self.store.restore_newest(abstract, self.accept)
-        if found is None:
-            return None
+    def _begin(self, abstract: TrainState) -> _Begin:
+        with watchdog.phase("restore"):  # devices need not hold a fresh state beside the restored
+            found = self.store.restore_newest(abstract, self.accept)
+            if found is None:
+                return _Begin(0, self.create(self.mesh), None, self.normalizer)
         step, state, metadata = found
-        return _Begin(step, state, metadata["window"])
+        normalizer = kept_normalizer(metadata["normalizer"], self.normalizer)
+        return _Begin(step, state, metadata["window"], normalizer)
 
     def _steps(self, step_fn: Callable, begin: _Begin) -> TrainState:
         feed = Feed(mesh_lib.token_sharding(self.mesh), self.recipe.train.batch_size)
@@ -191,7 +195,9 @@ class _Training:
 
     def _save(self, state: TrainState, window: Mapping[str, Any]) -> None:
         tokens = int(state.step) * self.recipe.train.batch_size
-        self.store.save(state, {**self.about, "tokens": tokens, "window": window})
+        normalizer = dataclasses.asdict(self.normalizer)
+        about = {**self.about, "normalizer": normalizer, "tokens": tokens, "window": window}
+        self.store.save(state, about, doubtful=window["in_a_row"] > 0)
 
     def _save_due(self, step: int) -> bool:
         self.store.check()
@@ -227,7 +233,12 @@ def _written(
         writer.write(record)
         warning.check(record)
 
-    yield write
+    try:
+        yield write
+    except Exception:
+        with contextlib.suppress(OSError):  # of two errors, the one of training is told
+            writer.close()
+        raise
     writer.close()
 
 

@@ -12,17 +12,17 @@ import jax
 from saejax import exits, processes, watchdog
 from saejax.data.shards import Store
 from saejax.data.storage import describe_store, describe_stream, duration, plan_of, plan_store
+from saejax.data.token_arrays import TokensConfig
 from saejax.rundir import RunDirectory
 from saejax.subjects.harvest import (
     SPLITS,
-    HarvestConfig,
     check_quota,
-    check_request,
     harvest,
     read_contexts,
     store_specs,
 )
-from saejax.subjects.hf import load_subject
+from saejax.subjects.hf import describe_subject
+from saejax.subjects.request import HarvestConfig, resolve_request
 from saejax.watchdog import WatchdogConfig
 
 _LOG = logging.getLogger(__name__)
@@ -78,8 +78,9 @@ class HarvestRun:
             size = {"contexts_per_shard": cfg.contexts_per_shard}
             plans = [plan_store(cfg.tokens, widths, cfg.context_length, **size)]
         else:
-            subject = load_subject(cfg.subject)
-            check_request(cfg, subject)
+            ids_only = isinstance(cfg.text, TokensConfig)
+            subject = describe_subject(cfg.subject, dtype=cfg.dtype, ids_only=ids_only)
+            cfg, subject = resolve_request(cfg, subject)
             for split in SPLITS:
                 contexts = read_contexts(cfg, subject, split)
                 plans.append(plan_of(list(store_specs(cfg, subject, split, contexts).values())))

@@ -22,7 +22,7 @@ from saejax.data.foreign.formats import open_foreign, state_of
 from saejax.data.foreign.interface import FLOATS, Foreign, Part, Wanted
 from saejax.data.foreign.reading import Reader
 from saejax.data.layout import CONTEXT_STREAM, MASKED, StoreSpec, permutation, random_keys
-from saejax.data.shards import Store, open_store
+from saejax.data.shards import Store, committed_at, open_store
 from saejax.subjects.harvest import SPLITS, check_free_space, plan_shards
 from saejax.subjects.hf import load_subject
 
@@ -135,9 +135,13 @@ def import_activations(
     needed = sum(spec.bytes_per_shard * spec.n_shards for spec in specs.values())
     if cfg.max_bytes is not None and needed > cfg.max_bytes:
         raise ValueError(f"import max_bytes = {cfg.max_bytes}: the store needs {needed}")
+    missing = {
+        split: sorted(set(range(spec.n_shards)) - set(committed_at(f"{root}/{split}")))
+        for split, spec in specs.items()
+    }
+    # Before anything is created: a refused import leaves nothing.
+    check_free_space(root, sum(specs[s].bytes_per_shard * len(missing[s]) for s in specs))
     stores = {split: open_store(f"{root}/{split}", spec, "w") for split, spec in specs.items()}
-    missing = {split: _missing(store) for split, store in stores.items()}
-    check_free_space(root, sum(specs[s].bytes_per_shard * len(missing[s]) for s in stores))
     for split, store in stores.items():
         store.write_documents(source.documents)
         source.fill(store, ids[split], missing[split])
@@ -198,7 +202,7 @@ class _Source:
             self._codes |= dict.fromkeys(tokenizer.special_ids, _SPECIAL)
             if tokenizer.bos_id is not None:
                 self._codes[tokenizer.bos_id] = _BOS
-        return tokenizer.vocab_size
+        return min(tokenizer.vocab_size, subject.vocab_size)
 
     def of_split(self, split: str) -> np.ndarray:
         """Numbers of the contexts of a split, ascending."""
@@ -256,6 +260,7 @@ class _Source:
             "field": self._parts[0].field,
             "dtype": self._parts[0].dtype,
             "tokens": self._parts[0].tokens,
+            "lead": int(self._foreign.known.get("lead", 0)),
             "left_out_before": self._left_out,
             "contexts_available": len(ids),
             "contexts_dropped": len(ids) - spec.n_shards * spec.contexts_per_shard,
@@ -344,10 +349,6 @@ def _check_parts(cfg: ImportConfig, parts: tuple[Part, ...]) -> None:
                     f"files disagree: {what} of {part.path} is {ours}, of {first.path} {theirs}; "
                     "import them into stores of their own"
                 )
-
-
-def _missing(store: Store) -> list[int]:
-    return sorted(set(range(store.spec.n_shards)) - set(store.committed()))
 
 
 def _summary(spec: StoreSpec, manifest: Mapping[str, Any]) -> str:

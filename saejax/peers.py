@@ -13,7 +13,7 @@ from saejax import digests
 from saejax.digests import DamageError
 
 _TEXT = 400
-_SECONDS = 600
+_SECONDS = 3600  # of reading what was written; who waits for the save is watched
 
 
 class Peers:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from saejax.schema import config_differences
 from saejax.train.spec import loss_spec, selection_metadata
 
 _LOG = logging.getLogger(__name__)
+_SAME_SCALE = 0.01  # rounding moves a measured scale far less, other activations far more
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy")
 
 
@@ -109,6 +111,17 @@ def accept(theirs: Mapping[str, Any], ours: Mapping[str, Any], allow_change: boo
             _LOG.info("since checkpoint %d, %s.%s: equal up to rounding", step, part, line)
 
 
+def kept_normalizer(theirs: Mapping[str, Any], measured: Normalizer) -> Normalizer:
+    """The normaliser of a checkpoint where it is the measured one up to rounding, else that.
+
+    Other devices or versions round activations otherwise, and with them a measured scale; weights
+    go with the scale that they were trained with.
+    """
+    trained = Normalizer(**theirs)
+    close = math.isclose(trained.scale, measured.scale, rel_tol=_SAME_SCALE)
+    return trained if trained.kind == measured.kind and close else measured
+
+
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     found = []
     before, now = (result_of(about["config"]["json"]) for about in (theirs, ours))
@@ -120,7 +133,8 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
             f"trained on other activations ({theirs['identity']}) than this run reads "
             f"({ours['identity']})"
         )
-    if theirs["normalizer"] != ours["normalizer"]:
+    measured = Normalizer(**ours["normalizer"])
+    if kept_normalizer(theirs["normalizer"], measured) is measured:
         found.append(
             f"trained with normaliser {theirs['normalizer']}, while this run measured "
             f"{ours['normalizer']}"

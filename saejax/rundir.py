@@ -19,7 +19,7 @@ from saejax.schema import config_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 _LOG = logging.getLogger(__name__)
-_NO_RESULT = ("kernels", "watchdog")
+_NO_RESULT = ("checkpoint", "kernels", "watchdog")
 _PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.partial$")
 
 
@@ -105,18 +105,27 @@ class RunDirectory:
         except OSError as error:
             raise OSError(
                 f"workdir = {self.path} cannot be written ({error.strerror or error}); "
-                f"give a --workdir you may write to"
+                f"mend that, or give another --workdir"
             ) from error
 
     @contextlib.contextmanager
     def change_accepted(self) -> Iterator[None]:
-        """Puts the configuration back that a claim replaced, if a ValueError comes from inside."""
+        """Puts the configuration back that a claim replaced, if what is inside refuses it.
+
+        That is a ValueError before there is any checkpoint of the new one.
+        """
+        before = self._checkpoint_names()
         try:
             yield
         except ValueError:
-            for path, text in self._replaced.items():
-                write_text(path, text)
+            if self._checkpoint_names() == before:
+                for path, text in self._replaced.items():
+                    write_text(path, text)
             raise
+
+    def _checkpoint_names(self) -> set[str]:
+        folder = self.checkpoints
+        return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
 
     def require_claim(self, token: str, who: str, seconds: float = 20) -> None:
         """Waits until the claim that process 0 has just made can be seen in this folder.
@@ -201,11 +210,20 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; OSError names it."""
     # Of a name of its own: several processes may start a harvest in one folder at once.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # not the partial's name
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

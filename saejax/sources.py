@@ -21,7 +21,8 @@ from saejax.latents.summaries import ContextBlock
 from saejax.model.sae import SAEConfig
 from saejax.subjects.base import Subject
 from saejax.subjects.harvest import HarvestConfig, harvest
-from saejax.subjects.hf import load_subject
+from saejax.subjects.hf import TORCH, load_subject
+from saejax.subjects.request import open_subject, resolve_request
 from saejax.subjects.streaming import SiteBatches, StreamConfig, open_stream
 
 _LOG = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Source:
       documents: names of the held-out documents.
       subject: the subject model, or None.
       site: where it was tapped, or None.
-      inputs: makes the inputs of the downstream evaluation, or None.
+      inputs: makes the inputs of the downstream evaluation; None without a subject, or with one
+        that has no logits here (`torch_adapter.TorchSubject`).
       synthetic: the generator with its ground truth, or None.
     """
 
@@ -109,9 +111,9 @@ def open_source(
     if isinstance(config, StoredConfig):
         root = config.path.rstrip("/")
         train, held_out = (open_store(f"{root}/{split}") for split in ("train", "held_out"))
-        subject = None if config.subject is None else load_subject(config.subject)
+        subject = None if config.subject is None else _subject_of(train, config.subject)
     else:
-        subject = load_subject(config.subject)
+        subject = open_subject(config)
         subject.check_site(config.site)
         check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
         train, held_out = harvest(
@@ -127,6 +129,12 @@ def open_source(
         check_width(sae, store.spec.d_model, f"the store at {store.path}")
     _check_same_origin(train, held_out)
     return _stored_source(train, held_out, subject, loader, batch_size)
+
+
+def _subject_of(store: Store, name: str) -> Subject:
+    """The subject of a store, as `subjects.request.open_subject` loaded it for the harvest."""
+    dtype = store.spec.compute_dtype if name.startswith(TORCH) else "float32"
+    return load_subject(name, dtype=dtype, ids_only=True)  # the tokens are in the store
 
 
 def check_width(sae: SAEConfig, width: int, what: str) -> None:
@@ -203,14 +211,14 @@ def open_streams(
       mesh: of the training.
 
     Raises:
-      ValueError: see `open_source`.
+      ValueError: see `open_source`; or two names of one site.
     """
     sites = tuple(saes)
     held_out = dataclasses.replace(config.held_out, site=sites[0], sites=sites[1:])
-    subject = load_subject(held_out.subject)
+    subject = open_subject(held_out)
     for site, sae in saes.items():
-        subject.check_site(site)
         check_width(sae, subject.width(site), f"site {site} of {subject.name}")
+    held_out, subject = resolve_request(held_out, subject)
     stored = harvest(
         held_out,
         os.fspath(activations),
@@ -220,13 +228,13 @@ def open_streams(
         process_count=jax.process_count(),
         log=watchdog.beating(_LOG.info),
     )
-    stream, identity = open_stream(config, subject, sites, batch_size, mesh)
+    stream, identity = open_stream(config, subject, held_out.all_sites, batch_size, mesh)
     sources = {}
-    for site in sites:
+    for asked, site in zip(sites, held_out.all_sites, strict=True):
         batches = SiteBatches(stream, site, subject.width(site))
         # Now, while all processes are here: evaluation is the work of one.
         rows = batches.sample_rows(min(_SAMPLE_ROWS, stream.tokens_per_epoch))
-        sources[site] = _text_source(
+        sources[asked] = _text_source(
             stored[site][0],
             subject,
             batches=batches,
@@ -248,12 +256,20 @@ def _text_source(
 ) -> Source:
     """A source whose held-out activations are stored, with the text behind them."""
     spec = held_out.spec
+    site = spec.site if subject is None else subject.resolve_site(spec.site)
+    runs_here = isinstance(subject, Subject)
+    if subject is not None and not runs_here:
+        _LOG.info(
+            "subject %s runs outside JAX: the evaluation leaves out the downstream loss and the "
+            "report the effects on logits",
+            subject.name,
+        )
 
     def inputs() -> DownstreamInputs:
         return DownstreamInputs(
             subject=subject,
             contexts=tokens_of(held_out),
-            site=spec.site,
+            site=site,
             mean=mean_D,
             first_position=spec.first_position,
         )
@@ -266,8 +282,8 @@ def _text_source(
         contexts=lambda: contexts_of(held_out),
         documents=held_out.documents,
         subject=subject,
-        site=spec.site,
-        inputs=None if subject is None else inputs,
+        site=site,
+        inputs=inputs if runs_here else None,
     )
 
 

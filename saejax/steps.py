@@ -10,12 +10,14 @@ Only one process changes them. A step is renamed before anything in it is delete
 leaves a part of a checkpoint under the name of a whole one.
 """
 
+import logging
 import pathlib
 import re
 import shutil
 
 from saejax.digests import flush_folder
 
+_LOG = logging.getLogger(__name__)
 _LEFT = re.compile(r"\d+\.(saving|removing)")
 _ASIDE = re.compile(r"(\d+)\.(damaged|undone)-\d+")
 
@@ -88,7 +90,12 @@ class StepFolders:
         whole = self.whole()
         for step in set(whole[:-keep]) - selected(whole, keep_every):
             doomed = self.path(step).rename(self.directory / f"{step}.removing")
-            shutil.rmtree(doomed)
+            try:
+                shutil.rmtree(doomed)
+            except (
+                OSError
+            ) as error:  # another process reads it, say; the newest is whole all the same
+                _LOG.warning("%s is deleted at the next start (%s)", doomed, error.strerror)
 
     def require_space(self, state_bytes: int, keep: int | None, keep_every: int | None) -> None:
         """Raises OSError unless the disk has room for `keep` states and one in the making.

@@ -7,11 +7,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from saejax.checkpoint import Checkpoints
 from saejax.data.shards import open_store
 from saejax.rundir import RunDirectory
+from saejax.steps import StepFolders
 
 _SOUND = "sound"
 _STORE = ("spec.json", "manifest.json", "acts", "contexts", "commits")
@@ -57,6 +59,8 @@ def find(workdir: pathlib.Path) -> Iterator[Finding]:
     for folder in (run.checkpoints, *sorted(run.path.glob("*/checkpoints"))):
         store = Checkpoints(folder, alone=True)
         where = "" if folder == run.checkpoints else f"{folder.parent.name}: "
+        if not store.steps() and (damaged := StepFolders(folder).damaged()):
+            yield Finding(f"{where}checkpoints", 0, f"none is whole: {', '.join(damaged)}")
         for step in reversed(store.steps()):
             yield from _checkpoint(store, step, where)
     for path in sorted({p.parent for name in _STORE for p in run.activations.rglob(name)}):
@@ -69,19 +73,24 @@ def _checkpoint(store: Checkpoints, step: int, where: str) -> Iterator[Finding]:
     try:
         metadata = store.check_files(step)
     except (OSError, ValueError) as error:
-        yield Finding(what, 0, str(error))
+        if step in store.steps():  # else a run that goes on has deleted it meanwhile
+            yield Finding(what, 0, str(error))
         return
     size = sum(size for size, _ in metadata["files"].values())
     yield Finding(f"{what}: {len(metadata['files'])} files", size, _SOUND)
     for name, about in metadata["arrays"].items():
-        sound = store.array_is_sound(step, metadata, name)
+        try:
+            sound = store.array_is_sound(step, metadata, name)
+            result = _SOUND if sound else "its digest is not the one that was saved"
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            result = f"cannot be read: {' '.join(str(error).split())}"
         elements = 1
         for length in about["shape"]:
             elements *= length
         yield Finding(
             f"{what}: {name} {about['dtype']}{about['shape']}",
             elements * jnp.dtype(about["dtype"]).itemsize,
-            _SOUND if sound else "its digest is not the one that was saved",
+            result,
         )
 
 

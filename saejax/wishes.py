@@ -32,7 +32,10 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Handles the signals while inside; a second one, a second later, acts as usual."""
+        """Handles the signals while inside; a second Ctrl-C, a second later, acts as usual.
+
+        A second SIGTERM does not: a cluster may repeat it while the save that it asked for goes on.
+        """
         names = (signal.SIGTERM, signal.SIGINT)
         before = {name: signal.getsignal(name) for name in names}
         first = 0.0
@@ -42,7 +45,7 @@ class StopSignal:
             if not self._asked:
                 self._asked, first = True, time.monotonic()
                 _LOG.info("%s: finishing the step, then saving", signal.Signals(number).name)
-            elif time.monotonic() - first > 1:  # a cluster may send one signal by two ways
+            elif number == signal.SIGINT and time.monotonic() - first > 1:
                 for name in names:
                     signal.signal(name, before[name])
                 signal.raise_signal(number)

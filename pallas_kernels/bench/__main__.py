@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen is None:
         return 0
     if chosen.against:
-        missing = trainers.missing()
+        missing = trainers.missing(chosen.against)
         if missing:
             print(f"error: {missing}", file=sys.stderr)
             return 2

@@ -40,7 +40,7 @@ def run(name: str, shape: Shape, chosen: Settings) -> tuple[list[Row], dict[str,
         source, described = _source(shape, chosen.race_tokens, folder)
         sample_ND = np.asarray(source.batches.sample_rows(_SAMPLE), np.float32)
         print(f"\n{name}: race on {described}", flush=True)
-        rows = _timed_steps(name, shape, sample_ND, chosen.repeats)
+        rows = _timed_steps(name, shape, sample_ND, chosen)
         print(report.table(rows), flush=True)
         result = {"shape": name, "data": described, "trainers": []}
         if chosen.race_tokens:
@@ -83,11 +83,11 @@ def _source(shape: Shape, tokens: int, folder: str) -> tuple[Any, str]:
     return open_source(config, sae, LoaderConfig(), shape.tokens, where, mesh), described
 
 
-def _build(terms: trainers.Terms) -> dict[str, trainers.Trainer]:
-    """All trainers by name; what their packages print and warn of at import is dropped."""
+def _build(terms: trainers.Terms, chosen: Settings) -> dict[str, trainers.Trainer]:
+    """The trainers by name; what their packages print and warn of at import is dropped."""
     suffix = "" if terms.rate_factor == 1 else f" x{terms.rate_factor:g}"
     built = {}
-    for make in trainers.everyone():
+    for make in trainers.everyone(chosen.against):
         progress(f"building {make.name}{suffix}")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -95,10 +95,10 @@ def _build(terms: trainers.Terms) -> dict[str, trainers.Trainer]:
     return built
 
 
-def _timed_steps(name: str, shape: Shape, sample_ND: np.ndarray, repeats: int) -> list[Row]:
+def _timed_steps(name: str, shape: Shape, sample_ND: np.ndarray, chosen: Settings) -> list[Row]:
     """One step of every trainer, AuxK on, with dead latents and without."""
     terms = trainers.Terms(shape, steps.STEPS, steps.DEAD_TOKENS, sample_ND)
-    built = _build(terms)
+    built = _build(terms, chosen)
     batches = [
         sample_ND[np.arange(i * shape.tokens, (i + 1) * shape.tokens) % len(sample_ND)]
         for i in range(_TIMED_BATCHES)
@@ -115,7 +115,7 @@ def _timed_steps(name: str, shape: Shape, sample_ND: np.ndarray, repeats: int) -
             )
             for label, trainer in built.items()
         }
-        measured = alternate(runs, repeats, pause=_PAUSE)
+        measured = alternate(runs, chosen.repeats, pause=_PAUSE)
         for label, samples in measured.items():
             wall, cpu = report.ratios_to(samples, measured)
             rows.append(
@@ -140,7 +140,8 @@ def _equal_tokens(
     dead_tokens = max(chosen.race_tokens // _DEAD_SHARE_OF_RACE, 4 * shape.tokens)
     built = {}
     for factor in chosen.race_rates:
-        built |= _build(trainers.Terms(shape, count, dead_tokens, sample_ND, factor))
+        terms = trainers.Terms(shape, count, dead_tokens, sample_ND, factor)
+        built |= _build(terms, chosen)
     batch = _Batches(source.batches.iterate(0), f"{name}: race", count)
     placed = {}
 

@@ -12,7 +12,7 @@ from pallas_kernels.bench.ops import CASES, IMPLEMENTATIONS
 from pallas_kernels.shapes import NAMED, Shape
 
 OPS = (*CASES, "step")
-PEERS = ("torch",)
+PEERS = ("eai-sparsify", "sae-lens", "dictionary-learning")
 _WRITTEN = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
 
 
@@ -27,7 +27,7 @@ class Settings:
       dtype: of the multiplications: "float32", "bfloat16" or "auto".
       microbatch_size: tokens that the step processes at once; None is the whole batch.
       json: where to write the figures, or None.
-      against: peers to race, or None.
+      against: trainers to race, by name; none for no race.
       race_tokens: that every trainer of the race trains on; 0 times single steps only.
       keep_memory: do not give freed memory back to the system, as `saejax.main` does not.
       race_rates: factors of the trainers' own learning rates; each is a run of its own.
@@ -40,7 +40,7 @@ class Settings:
     dtype: str
     microbatch_size: int | None
     json: pathlib.Path | None
-    against: str | None
+    against: tuple[str, ...]
     race_tokens: int
     keep_memory: bool
     race_rates: tuple[float, ...]
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--microbatch_size", type=int, help="tokens that the step processes at once; all by default"
     )
     add("--json", type=pathlib.Path, metavar="FILE", help="write all figures and samples there")
-    add("--against", help="'torch': race the public torch trainers, which must be installed")
+    add("--against", help=f"race public trainers: 'torch' for all, or some of {', '.join(PEERS)}")
     add("--race_tokens", type=int, default=2_000_000, help="of the race; 0 times single steps only")
     add("--race_rates", default="1", help="factors of every trainer's own learning rate")
     add(
@@ -113,8 +113,8 @@ def _check(given: argparse.Namespace) -> Settings:
         raise ValueError(f"--repeats={given.repeats}: must be at least 1")
     if given.race_tokens < 0:
         raise ValueError(f"--race_tokens={given.race_tokens}: must be at least 0 (0: no race)")
-    if given.against is not None:
-        _known("--against", given.against, PEERS)
+    named = [_known("--against", name, ("torch", *PEERS)) for name in _split(given.against or "")]
+    against = PEERS if "torch" in named else tuple(named)
     if given.json is not None and not given.json.parent.is_dir():
         raise ValueError(f"--json={given.json}: the folder {given.json.parent} does not exist")
     shapes = {text: _shape(text) for text in _split(given.shapes)}
@@ -125,7 +125,7 @@ def _check(given: argparse.Namespace) -> Settings:
                 f"--microbatch_size={size}: must be a positive divisor of the {shape.tokens} "
                 f"tokens of --shapes={text}"
             )
-        if given.against and given.race_tokens and given.race_tokens < shape.tokens:
+        if against and given.race_tokens and given.race_tokens < shape.tokens:
             raise ValueError(
                 f"--race_tokens={given.race_tokens}: must be 0, or at least the {shape.tokens} "
                 f"tokens of a batch of --shapes={text}"
@@ -141,7 +141,7 @@ def _check(given: argparse.Namespace) -> Settings:
         dtype=_known("--dtype", given.dtype, ("auto", "float32", "bfloat16")),
         microbatch_size=given.microbatch_size,
         json=given.json,
-        against=given.against,
+        against=against,
         race_tokens=given.race_tokens,
         keep_memory=given.keep_memory,
         race_rates=tuple(map(_factor, _split(given.race_rates))),

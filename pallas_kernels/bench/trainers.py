@@ -12,13 +12,14 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from pallas_kernels.bench import steps
+from pallas_kernels.bench.settings import PEERS
 from pallas_kernels.shapes import Shape
 
 # Distribution -> the module it installs.
@@ -86,21 +87,23 @@ class Trainer(Protocol):
         """By the trained model, in the space of the input."""
 
 
-def missing() -> str | None:
-    """What to install for a race, or None."""
-    absent = [name for name, module in PACKAGES.items() if not importlib.util.find_spec(module)]
+def missing(names: Sequence[str] = PEERS) -> str | None:
+    """What to install for a race against these, or None."""
+    needed = {name: PACKAGES[name] for name in ("torch", *names)}
+    absent = [name for name, module in needed.items() if not importlib.util.find_spec(module)]
     if not absent:
         return None
     return (
-        f"--against=torch needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
+        f"--against needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
         f"not installed: pip install '.[bench]' && pip install --no-deps "
         f"dictionary-learning==0.1.0 (it pins an old nnsight, which nothing here uses)"
     )
 
 
-def everyone() -> tuple[Callable[[Terms], Trainer], ...]:
-    """The trainers of a race, this library's first."""
-    return Saejax, Sparsify, SaeLens, DictionaryLearning
+def everyone(names: Sequence[str] = PEERS) -> tuple[Callable[[Terms], Trainer], ...]:
+    """The trainers of a race against these, this library's first."""
+    others = (Sparsify, SaeLens, DictionaryLearning)
+    return Saejax, *(trainer for trainer in others if trainer.name in names)
 
 
 class Saejax:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ from saejax.data.splits import Split
 from saejax.data.token_arrays import TokenDocuments, TokensConfig
 from saejax.data.tokens import Contexts, Sink, Tokenizer, pack, pack_tokens, resolve_bos
 
-_FORMAT = 1  # raise it when the same source gives other contexts than before
+_FORMAT = 2  # raise it when the same source gives other contexts than before
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _META = "contexts.json"
 _NAMES = "names.json"
 
@@ -67,6 +69,15 @@ def load_contexts(
         try:
             _write(_pack(cfg, split, tokenizer, context_length, _FileSink(building)), building)
             _publish(building, entry)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            label = type(cfg).__name__.removesuffix("Config")
+            raise OSError(
+                error.errno,
+                f"{label}.cache: no space left for contexts in {root}; free some and run again, "
+                f"or set {label}.cache to another folder",
+            ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return _read(entry)
@@ -154,7 +165,8 @@ class _FileSink:
                 file = open(self._folder / f"{name}.npy", "wb+")
                 self._open[name] = (file, part[:0])
                 _write_header(file, part[:0], 0)
-            np.ascontiguousarray(part).tofile(self._open[name][0])
+            # Not by tofile, which does not say that a disk is full.
+            self._open[name][0].write(np.ascontiguousarray(part).data)
         self._rows += len(part)
 
     def finish(self) -> dict[str, np.ndarray]:

@@ -161,6 +161,7 @@ def _fill(
     log: Callable[[str], None],
 ) -> None:
     n, done, logged = store.spec.contexts_per_shard, 0, time.monotonic()
+    lead = store.lead
     for shard in store.committed():
         table, stored_CT = store.read_contexts(shard), _stored(store, shard)
         order_CT = np.cumsum(stored_CT, axis=1) - 1
@@ -186,7 +187,7 @@ def _fill(
                 at,
                 activations=chunk_CD,
                 context=of_row[:, 0],
-                offset=of_row[:, 2] + position,
+                offset=of_row[:, 2].astype(np.int64) + position - lead,
                 tokens=_narrow(of_row[np.arange(n), CONTEXT_COLUMNS + position]),
                 document=_narrow(of_row[:, 1]),
                 position=position,

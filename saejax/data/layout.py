@@ -23,7 +23,8 @@ class StoreSpec:
     """What a store is: with a shard's index it fixes every byte of that shard.
 
     Attributes:
-      subject: name of the subject model.
+      subject: name of the subject model, for the reader: the same weights may go by another path,
+        so it is no part of what the spec is.
       subject_fingerprint: digest of its weights and config.
       text_fingerprint: digest of the packed contexts (text, tokenizer, packing).
       split: 'train' or 'held_out'.
@@ -99,8 +100,16 @@ class StoreSpec:
 
     def fingerprint(self) -> str:
         """First 16 hex digits of the sha256 of the spec and the format's version."""
-        content = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return _digest({key: x for key, x in dataclasses.asdict(self).items() if key != "subject"})
+
+    def former_fingerprint(self) -> str:
+        """The same with the subject's name, as records of older stores have it."""
+        return _digest(dataclasses.asdict(self))
+
+
+def _digest(spec: Mapping[str, Any]) -> str:
+    content = json.dumps({"format": FORMAT, **spec}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +123,8 @@ class ShardRows:
       tokens: uint32 [C, T].
       context: uint32 [C], index of the context in the packed text.
       document: uint32 [C], index into `Store.documents`.
-      offset: uint32 [C], token offset of the context in its document.
+      offset: int64 [C]: token p of the context is token `offset + p` of its document; -1 where a
+        BOS that belongs to no document stands before the context's own tokens.
     """
 
     rows: np.ndarray
@@ -233,9 +243,9 @@ def stored_spec(name: str, content: Mapping[str, Any]) -> StoreSpec:
 
 
 def check_same(path: str, stored: StoreSpec, wanted: StoreSpec) -> None:
-    """ValueError that names every field in which two specs differ."""
+    """ValueError that names every field in which two specs differ, but for the subject's name."""
     old, new = dataclasses.asdict(stored), dataclasses.asdict(wanted)
-    keys = [key for key in old if old[key] != new[key]]
+    keys = [key for key in old if key != "subject" and old[key] != new[key]]
     differing = [f"{key}: stored {old[key]!r}, wanted {new[key]!r}" for key in keys]
     if differing:
         raise ValueError(

@@ -8,16 +8,20 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, ".parquet")
 HUB = "hf:"
 EMPTY = "empty_documents"
 _BLOCK = 1 << 16  # characters
+_LONG = 4  # blocks; a longer line is cut, so that a text of one line can be split, too
+_SPACE = re.compile(r"\s")
 _WHOLE = 64 << 20  # bytes; a larger text file is cut into documents, so that it need not fit
 _CHUNK = 1 << 20
 _PARQUET_ROWS = 256
@@ -66,9 +70,9 @@ def read_file(
     Raises:
       ValueError: not UTF-8, NUL bytes, not JSON, no such field, truncated or damaged.
     """
-    if name.endswith(".parquet"):
+    if path.name.endswith(".parquet"):
         texts = enumerate(_parquet(path, field))
-    elif ".jsonl" in name:
+    elif path.name.endswith(LINES_SUFFIXES):
         texts = _json_lines(path, field)
     elif path.stat().st_size > _WHOLE:
         yield from blocks(name, _decoded(path))
@@ -101,6 +105,8 @@ def read_lone_file(path: pathlib.Path, field: str, left_out: Counter[str]) -> It
 def blocks(name: str, parts: Iterator[str], length: int | None = None) -> Iterator[Document]:
     """Cuts a text at line ends into `name:0`, `name:1` ... of 64 Ki characters or a little more.
 
+    A line of more than four blocks is cut at white space, or after four where there is none.
+
     Args:
       name: of the text.
       parts: the text, in pieces.
@@ -110,15 +116,28 @@ def blocks(name: str, parts: Iterator[str], length: int | None = None) -> Iterat
     lines, filled, number, pending = [], 0, 0, ""
     for part in parts:
         pieces = (pending + part).splitlines(keepends=True)
-        pending = pieces.pop() if pieces else ""  # the next part may continue its line
-        for line in pieces:
-            lines.append(line)
-            filled += len(line)
+        last = pieces.pop() if pieces else ""  # the next part may continue its line
+        *begun, pending = _cut(last, size)
+        whole = [piece for line in pieces for piece in _cut(line, size)]
+        for piece in [*whole, *begun]:
+            lines.append(piece)
+            filled += len(piece)
             if filled >= size:
                 yield Document(f"{name}:{number}", "".join(lines))
                 lines, filled, number = [], 0, number + 1
     if "".join([*lines, pending]).strip():
         yield Document(f"{name}:{number}", "".join([*lines, pending]))
+
+
+def _cut(line: str, size: int) -> list[str]:
+    """A line in pieces; those before the last are the same however much of it is there."""
+    pieces, start = [], 0
+    while len(line) - start > _LONG * size:
+        found = _SPACE.search(line, start + size - 1, start + _LONG * size)
+        end = found.end() if found else start + _LONG * size
+        pieces.append(line[start:end])
+        start = end
+    return [*pieces, line[start:]]
 
 
 def _decoded(path: pathlib.Path) -> Iterator[str]:
@@ -207,6 +226,8 @@ def _chunks(path: pathlib.Path) -> Iterator[bytes]:
             return
         make, failure = decompressor
         member = None
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is empty, which no compressed file is; fetch it again")
         while raw := file.read(_CHUNK):
             while raw:
                 member = member or make()

@@ -3,14 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from saejax.data.layout import FORMAT, LEFT_OUT, StoreSpec
 
-_SUMS = ("sum", "count", "norm_sum", "sq_norm_sum")
+SUMS = ("sum", "count", "norm_sum", "sq_norm_sum")
 
 
 class CorruptStoreError(ValueError):
@@ -53,15 +53,15 @@ def content_digest(rows: Iterable[np.ndarray], table: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def records_digest(records: Sequence[Mapping[str, Any]]) -> str:
+def records_digest(digests: Iterable[str]) -> str:
     """Digest of the shards' digests, in order."""
-    return sha256("".join(record["sha256"] for record in records).encode())
+    return sha256("".join(digests).encode())
 
 
 def merge(
-    spec: StoreSpec, records: Sequence[Mapping[str, Any]], documents: int, provenance: Mapping
+    spec: StoreSpec, records: Iterable[Mapping[str, Any]], documents: int, provenance: Mapping
 ) -> dict[str, Any]:
-    """The manifest of a complete store from its commit records, in order.
+    """The manifest of a complete store from its commit records, in order; read once, none kept.
 
     Returns:
       `spec`, `fingerprint`, `rows`, `chunks` (of every shard), `left_out` (rows not stored, by
@@ -74,17 +74,23 @@ def merge(
     Raises:
       ValueError: no row is left to store.
     """
-    rows = sum(record["rows"] for record in records)
-    left_out = {key: sum(record["left_out"][key] for record in records) for key in LEFT_OUT}
+    rows, chunks, digests = 0, [], []
+    left_out = dict.fromkeys(LEFT_OUT, 0)
+    total = {key: np.zeros(spec.rows_per_context) for key in SUMS}
+    total["sum"] = np.zeros(spec.d_model)
+    for record in records:
+        rows += record["rows"]
+        chunks.append(record["chunks"])
+        digests.append(record["sha256"])
+        for key in LEFT_OUT:
+            left_out[key] += record["left_out"][key]
+        for key in SUMS:
+            total[key] += record[key]
     if not rows:
         raise ValueError(
             f"site {spec.site!r}, {spec.split} split: nothing is left to store ({left_out}). Give "
             "more text, fewer contexts_per_shard, or mask less."
         )
-    total = {key: np.zeros(len(records[0][key])) for key in _SUMS}
-    for record in records:
-        for key in _SUMS:
-            total[key] += record[key]
     count, mean = total["count"], total["sum"] / rows
     mean_sq_norm = float(total["sq_norm_sum"].sum() / rows)
 
@@ -97,7 +103,7 @@ def merge(
         "spec": dataclasses.asdict(spec),
         "fingerprint": spec.fingerprint(),
         "rows": rows,
-        "chunks": [record["chunks"] for record in records],
+        "chunks": chunks,
         "left_out": left_out,
         "contexts": spec.n_shards * spec.contexts_per_shard,
         "documents": documents,
@@ -108,7 +114,7 @@ def merge(
         "count_by_position": [int(n) for n in count],
         "norm_by_position": by_position(total["norm_sum"]),
         "rms_norm_by_position": rms,
-        "sha256": records_digest(records),
+        "sha256": records_digest(digests),
         "provenance": dict(provenance),
     }
 

@@ -32,13 +32,14 @@ import numpy as np
 import tensorstore as ts
 
 from saejax.data import layout, records
+from saejax.data.commits import Commits, name_of
 from saejax.data.content import Content
 from saejax.data.files import Files
 from saejax.data.layout import CONTEXT_COLUMNS, FORMAT, ShardRows, StoreSpec
 from saejax.data.pending import Pending, wait
 from saejax.data.records import CorruptStoreError
 
-__all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
+__all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "committed_at", "open_store"]
 _HEADERS = ("acts/zarr.json", "contexts/zarr.json")
 _BORROWED = {"can_reference_source_data_indefinitely": True}  # the writer waits, so no copy
 _READ_AHEAD = 3  # more only costs memory
@@ -84,6 +85,11 @@ def open_store(
     return Store(files, stored, *_open_arrays(files, stored, create=False))
 
 
+def committed_at(path: str | os.PathLike[str]) -> list[int]:
+    """`Store.committed` of a place where there need not be a store; nothing is created."""
+    return _open_files(path).commits()
+
+
 class Store:
     """An open activation store; made by `open_store`.
 
@@ -98,7 +104,8 @@ class Store:
         self._files = files
         self._acts = acts
         self._contexts = contexts
-        self._records: dict[int, dict[str, Any]] = {}
+        self._commits = Commits(files, spec)
+        self._lead: int | None = None
         self._chunks: np.ndarray | None = None
         self._places: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
@@ -116,28 +123,19 @@ class Store:
 
     def committed(self) -> list[int]:
         """Sorted indices of the shards that have a commit record; one listing, no reads."""
-        return self._files.commits()
+        return self._commits.all()
 
     def is_committed(self, shard: int) -> bool:
         """Whether one shard has a commit record."""
-        return shard in self._records or self._files.absent(_commit_name(shard)) is None
+        return self._commits.has(shard)
 
     def record(self, shard: int) -> dict[str, Any]:
-        """The commit record of one shard, verified."""
-        if shard not in self._records:
-            name = _commit_name(shard)
-            found = self._files.read_json(name)
-            if found is None:
-                raise FileNotFoundError(f"{self._files.name(name)} is missing: not committed.")
-            expected = {"spec": self.spec.fingerprint(), "shard": shard}
-            if {key: found.get(key) for key in expected} != expected:
-                raise CorruptStoreError(f"{self._files.name(name)}: belongs to another store.")
-            self._records[shard] = found
-        return self._records[shard]
+        """The commit record of one shard, verified, without its sums."""
+        return self._commits.record(shard)
 
     @property
     def records(self) -> dict[int, dict[str, Any]]:
-        """The commit records of all committed shards."""
+        """The commit records of all committed shards, without their sums."""
         return {shard: self.record(shard) for shard in self.committed()}
 
     def require_complete(self) -> None:
@@ -156,6 +154,14 @@ class Store:
         if found is None:
             raise FileNotFoundError(f"{self._files.name('manifest.json')} is missing: unfinished.")
         return found
+
+    @property
+    def lead(self) -> int:
+        """Tokens before the document's own in each context, 0 where the manifest says nothing."""
+        if self._lead is None:
+            found = self._files.read_json("manifest.json") or {"provenance": {}}
+            self._lead = int(found["provenance"].get("lead", 0))
+        return self._lead
 
     @property
     def documents(self) -> tuple[str, ...]:
@@ -216,7 +222,7 @@ class Store:
         if records.content_digest(placed(), table) != record["sha256"]:
             raise CorruptStoreError(
                 f"{self._files.name(f'acts/c/{shard}/0')} (shard {shard}): its content is not what "
-                f"{_commit_name(shard)} records. Delete both and harvest again."
+                f"{name_of(shard)} records. Delete both and harvest again."
             )
         shape = (spec.contexts_per_shard, spec.rows_per_context)
         return ShardRows(
@@ -225,7 +231,7 @@ class Store:
             tokens=table[:, CONTEXT_COLUMNS : CONTEXT_COLUMNS + spec.context_length],
             context=table[:, 0],
             document=table[:, 1],
-            offset=table[:, 2],
+            offset=table[:, 2].astype(np.int64) - self.lead,
         )
 
     def rows(self) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -237,10 +243,10 @@ class Store:
     def verify(self) -> None:
         """Reads every file of a finished store; raises at the first that is damaged or missing."""
         self.require_complete()
-        found = [self.record(shard) for shard in self.committed()]
-        if self.manifest["sha256"] != records.records_digest(found):
-            raise CorruptStoreError(f"{self._files.name('manifest.json')}: not of these records.")
-        if list(self.chunks) != [record["chunks"] for record in found]:
+        found = [(r["sha256"], r["chunks"]) for r in self._commits.whole(range(self.spec.n_shards))]
+        digests, chunks = zip(*found, strict=True)
+        said = self.manifest
+        if (said["sha256"], said["chunks"]) != (records.records_digest(digests), list(chunks)):
             raise CorruptStoreError(f"{self._files.name('manifest.json')}: not of these records.")
         for shard in self.committed():
             self.read_shard_rows(shard)
@@ -269,12 +275,10 @@ class Store:
 
         Raises:
           ValueError: wrong shape; NaN or infinity (counted, with the first document); or another
-            writer committed other values for this shard.
+            writer committed other values for this shard meanwhile.
           OSError: no permission or no space.
         """
-        record_name = _commit_name(shard)
-        absent = self._files.absent(record_name)
-        if absent is None:
+        if self._commits.absent(shard) is None:
             return False
         content = Content.of(
             self.spec,
@@ -285,17 +289,18 @@ class Store:
             masked=masked,
             name_of=lambda i: self.documents[i] if i < len(self.documents) else f"document {i}",
         )
+        # Looked for again at the last moment: what is committed is never written over knowingly.
+        absent = self._commits.absent(shard)
+        if absent is None:
+            self._commits.check_equal(shard, content.record(self.spec, shard), "is whole")
+            return False
         pending = self._start_writes(shard, content.bits_JCD, content.table)
         record = content.record(self.spec, shard)  # while the writes are in flight
         for write in pending:
             write.result()
-        won = self._files.write_if(record_name, record, absent)
-        if not won and self.record(shard)["sha256"] != record["sha256"]:
-            raise ValueError(
-                f"{self._files.name(record_name)}: another writer committed other values for shard "
-                f"{shard}; one spec must give one result, so both writers need the same software, "
-                "precision and batch. Delete that record and harvest again with one of them."
-            )
+        won = self._commits.publish(shard, record, absent)
+        if not won:
+            self._commits.check_equal(shard, record, "may hold bytes of both, and is in doubt")
         return won
 
     def write_documents(self, names: Sequence[str]) -> None:
@@ -305,7 +310,8 @@ class Store:
     def finish(self, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Merges all commit records into manifest.json; returns it (keys: `records.merge`)."""
         self.require_complete()
-        found = [self.record(shard) for shard in range(self.spec.n_shards)]
+        self._lead = None
+        found = self._commits.whole(range(self.spec.n_shards))
         manifest = records.merge(self.spec, found, len(self.documents), provenance or {})
         if self._files.read("manifest.json") != records.seal(manifest):
             self._files.write("manifest.json", manifest)
@@ -372,11 +378,9 @@ def _context() -> Any:
 
 
 def _open_arrays(files: Files, spec: StoreSpec, *, create: bool) -> tuple[Any, Any]:
-    n, rows = spec.contexts_per_shard, spec.rows_per_shard
-    acts = layout.zarr_spec(files.array("acts"), "bfloat16", spec.n_shards, (rows, n), spec.d_model)
-    contexts = layout.zarr_spec(
-        files.array("contexts"), "uint32", spec.n_shards, (n, n), spec.columns
-    )
+    count, n, rows = spec.n_shards, spec.contexts_per_shard, spec.rows_per_shard
+    acts = layout.zarr_spec(files.array("acts"), "bfloat16", count, (rows, n), spec.d_model)
+    contexts = layout.zarr_spec(files.array("contexts"), "uint32", count, (n, n), spec.columns)
     return tuple(
         wait(
             f"{files.root}: array {name!r}",
@@ -394,7 +398,3 @@ def _create_arrays(files: Files, spec: StoreSpec) -> None:
             f"{files.root} holds the beginning of a store of another spec, without a spec.json "
             f"({error}). Choose another path, or delete that store."
         ) from error
-
-
-def _commit_name(shard: int) -> str:
-    return f"commits/{shard:06d}.json"

@@ -17,8 +17,8 @@ class StreamPlan:
     """Which rows go where: whole numbers only.
 
     Attributes:
-      n_contexts: of the text.
-      kept: `[n_contexts]` rows that each context keeps before outliers are looked for.
+      n_contexts: of an epoch: the first so many of all, once they are permuted.
+      kept: `[N]` rows that each context of the text keeps before outliers are looked for.
       lanes: parts of every batch, each with its own contexts and buffer.
       group_contexts: contexts of a lane in one forward pass.
       batch_size: rows of a batch.
@@ -74,7 +74,7 @@ class StreamPlan:
     def contexts(self) -> np.ndarray:
         """int32 `[n_groups, lanes, group_contexts]`: the contexts of every group."""
         shape = (self.n_groups, self.lanes, self.group_contexts)
-        order = permutation(self.n_contexts, self.seed, CONTEXT_STREAM)
+        order = permutation(len(self.kept), self.seed, CONTEXT_STREAM)
         return order[: np.prod(shape)].reshape(shape).astype(np.int32)
 
     @functools.cached_property
@@ -136,6 +136,17 @@ def _slot_orders(lanes: int, slots: int, seed: int, turn: int) -> np.ndarray:
 @functools.lru_cache(maxsize=_ROUNDS_KEPT)
 def _permutation(n: int, seed: int, stream: int, index: int) -> np.ndarray:
     return permutation(n, seed, stream, index)
+
+
+def contexts_for(kept: np.ndarray, tokens: int | None, seed: int) -> int:
+    """How many contexts, in their permuted order, hold so many rows; None takes all.
+
+    Permuted first, as in a store: the text in its own order may begin with all of one kind.
+    """
+    if tokens is None:
+        return len(kept)
+    rows = kept[permutation(len(kept), seed, CONTEXT_STREAM)].cumsum()
+    return min(len(kept), int(np.searchsorted(rows, tokens)) + 1)
 
 
 def row_order(keep_LGT: np.ndarray, seed: int, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,8 @@ class TokensConfig:
       offsets: of a flat array, where its documents begin, ascending from 0: another .npy file, or
         another tensor of the same .safetensors file.
       separator: of a flat array without offsets, the id that begins every document.
-      pad_id: id that fills rows up on their right; it is cut off. None: rows are full.
+      pad_id: id that fills rows up on their right; it is cut off, and may lie outside the
+        vocabulary, as -1 or -100 do. None: rows are full.
       name: configuration ("subset") of the Hugging Face dataset.
       split: its split; both of ours are cut out of this one.
       revision: its branch, tag or commit.
@@ -69,10 +70,8 @@ class TokensConfig:
             if not getattr(self, field):
                 raise ValueError(f"Tokens.{field} is empty: give a name")
         splits.check(self, "Tokens", "max_tokens", "max_documents")
-        for field in ("separator", "pad_id"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise ValueError(f"Tokens.{field} = {value}: give an id, 0 or more, or None")
+        if self.separator is not None and self.separator < 0:
+            raise ValueError(f"Tokens.separator = {self.separator}: give an id, 0 or more, or None")
         if self.offsets is not None and self.separator is not None:
             raise ValueError("Tokens.offsets and Tokens.separator say the same; give one of them")
 
@@ -143,6 +142,11 @@ class TokenDocuments(splits.SplitReader):
             if self.cfg.pad_id is not None:
                 real = np.flatnonzero(ids != self.cfg.pad_id)
                 ids = ids[: real[-1] + 1 if len(real) else 0]
+                if not 0 <= self.cfg.pad_id < self._vocab_size and len(real) < len(ids):
+                    raise ValueError(
+                        f"{name}: Tokens.pad_id = {self.cfg.pad_id} stands before other ids, and "
+                        "is outside the tokenizer's vocabulary; pad rows on their right"
+                    )
             if not len(ids):
                 left_out[EMPTY] += 1
                 continue
@@ -187,9 +191,14 @@ class TokenDocuments(splits.SplitReader):
         if not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"{where}: ids of dtype {ids.dtype}, not integers; give token ids")
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
-        if low < 0 or high >= self._vocab_size:
-            wrong = low if low < 0 else high
-            at = int(np.flatnonzero(ids == wrong)[0])
+        if low < 0 or high >= self._vocab_size:  # of padding, or wrong
+            strange = (ids < 0) | (ids >= self._vocab_size)
+            if self.cfg.pad_id is not None:
+                strange &= ids != self.cfg.pad_id
+            if not strange.any():
+                return ids
+            at = int(np.flatnonzero(strange)[0])
+            wrong = int(ids[at])
             raise ValueError(
                 f"{where}: id {wrong} (token {at}) is outside the tokenizer's vocabulary (0 .. "
                 f"{self._vocab_size - 1}); use ids of the subject's own tokenizer"

@@ -6,15 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.subjects.base import Subject
+
 _RESIDUAL = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
-def writes_to_residual(site: str) -> bool:
-    """Whether vectors at a site are in, or are added to, the residual stream."""
-    return site.rsplit(".", 1)[-1] in _RESIDUAL
+def writes_to_residual(subject: Subject, site: str) -> bool:
+    """Whether vectors at a site, by any of its names, are in or are added to the residual stream.
+
+    Raises:
+      ValueError: no such site.
+    """
+    return subject.resolve_site(site).rsplit(".", 1)[-1] in _RESIDUAL
 
 
-def direct_logits(subject, directions_SD: np.ndarray, tokens_CT: np.ndarray) -> np.ndarray:
+def direct_logits(subject: Subject, directions_SD: np.ndarray, tokens_CT: np.ndarray) -> np.ndarray:
     """Change of every token's logit per unit of each direction, through final norm and unembedding.
 
     The final norm is linearised at the residuals of a few real contexts and the effect averaged

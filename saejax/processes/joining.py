@@ -38,6 +38,7 @@ def join(config: Mapping[str, Any] | None = None) -> None:
     if found is None or jax.distributed.is_initialized():
         return
     facts, left = facts_of(config), found.wait_seconds
+    watchdog.beat(grace=left + 2 * _LEAST_SECONDS)  # who is missing is told before it is "stuck"
     if found.coordinator is not None:
         left = max(preflight(found, facts), _LEAST_SECONDS)
     _initialize(found, int(left))

@@ -9,8 +9,9 @@ from saejax.processes.group import count, index
 # What JAX says when another process is gone: in its JaxRuntimeError; and in the ValueError that a
 # failure of Gloo is, raised by C++ without a frame of JAX, but led by the name of a status.
 _LOST = re.compile(
-    r"(?i)(gloo|nccl) [\w -]+ (failed|error)|connection (closed by|reset)|socket closed|heartbeat|"
-    r"tasks have crashed|barrier (failed|timed out)|coordination ?service"
+    r"(?i)gloo [\w -]+ (failed|error)|nccl (operation|error)\b|\bunavailable: |socket closed|"
+    r"connection (closed by|reset)|heartbeat|tasks have crashed|barrier (failed|timed out)|"
+    r"coordination ?service"
 )
 _GLOO = re.compile(r"[A-Z_]+: (.*: )?Gloo [\w -]+ failed: ")
 

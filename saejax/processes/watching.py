@@ -154,6 +154,7 @@ def _pass_on(reading: int, verbose: bool) -> tuple[str | None, bool]:
             if FATAL in text or (fatal and not ours):
                 fatal.append(text)
             if verbose or ours or not (fatal or _NOISE.match(text)):
-                sys.stderr.write(text)
-                sys.stderr.flush()
+                with contextlib.suppress(OSError):  # on a full disk, the run comes before its log
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
     return ("".join(fatal) or None), explained

@@ -230,13 +230,9 @@ def make_subject(
     """Builds a Subject, computing its fingerprint.
 
     Raises:
-      ValueError: the tokenizer has ids that the embedding lacks.
+      ValueError: the tokenizer has ids that the embedding lacks; see `check_vocabulary`.
     """
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"subject {name!r}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
-            f"vocab_size is {config.vocab_size}; take the tokenizer that belongs to the model"
-        )
+    check_vocabulary(name, tokenizer, config.vocab_size)
     return Subject(
         name=name,
         family=family,
@@ -246,6 +242,26 @@ def make_subject(
         fingerprint=fingerprint(config, params),
         revision=revision,
     )
+
+
+def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer with ids that the model lacks.
+
+    Special ones are let pass unless they begin or end texts: encoding never gives them, and text
+    tokenizers of models that also see pictures (Gemma 3) have some for the pictures.
+
+    Raises:
+      ValueError: names the number of ids and the vocabulary size.
+    """
+    if tokenizer is None or tokenizer.vocab_size <= vocab_size:
+        return
+    used = {tokenizer.bos_id, tokenizer.eot_id}
+    beyond = {i for i in tokenizer.ids() if i >= vocab_size}
+    if beyond & used or beyond - tokenizer.special_ids:
+        raise ValueError(
+            f"subject {name!r}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
+            f"vocab_size is {vocab_size}; take the tokenizer that belongs to the model"
+        )
 
 
 def fingerprint(config: GPT2Config | Config, params: Params) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.data.layout import CONTEXT_STREAM, MASKED, permutation
 from saejax.data.shards import Store
@@ -61,14 +62,8 @@ def make_forward(
     """
     if not isinstance(subject, Subject):
         return _host_forward(subject, sites, batch)
-    copies = min(len(jax.local_devices()) // subject_shards, -(-contexts // batch))
-    if not copies:
-        raise ValueError(
-            f"Harvest.subject_shards = {subject_shards}: this process has "
-            f"{len(jax.local_devices())} devices; give at most that many."
-        )
-    devices = jax.local_devices()[: copies * subject_shards]
-    mesh = make_mesh(MeshShape(copies, subject_shards), devices)
+    mesh = own_mesh(subject_shards, -(-contexts // batch))
+    copies = mesh.size // subject_shards
     params = subject.place(mesh).params
     rows, precision = subject_batch_sharding(mesh), jnp.dtype(dtype)
 
@@ -89,6 +84,24 @@ def make_forward(
         return {s: np.concatenate([np.asarray(part[s]) for part in parts])[:n] for s in sites}
 
     return forward
+
+
+def own_mesh(subject_shards: int, most: int | None = None) -> Mesh:
+    """This process's devices, in as many copies of a subject as there are, or `most`.
+
+    Raises:
+      ValueError: fewer devices than `subject_shards`.
+    """
+    present = jax.local_devices()
+    copies = len(present) // subject_shards
+    if not copies:
+        raise ValueError(
+            f"Harvest.subject_shards = {subject_shards}: this process has {len(present)} devices; "
+            "give at most that many."
+        )
+    copies = copies if most is None else min(copies, most)
+    shape = MeshShape(copies, subject_shards)
+    return make_mesh(shape, present[: copies * subject_shards])
 
 
 def _host_forward(subject: Any, sites: Sequence[str], batch: int) -> Forward:

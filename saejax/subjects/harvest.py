@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,93 +20,15 @@ from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig
 from saejax.data.loader import check_batch_size
 from saejax.data.shards import Store, StoreSpec, open_store
-from saejax.data.token_arrays import TokensConfig
 from saejax.data.tokens import Contexts
 from saejax.subjects.base import Subject
 from saejax.subjects.filling import FIRST_POSITION, Filling, Forward, make_forward
-from saejax.subjects.hf import load_subject
+from saejax.subjects.request import HarvestConfig, open_subject, resolve_request
 
 SPLITS = ("train", "held_out")
 MAX_DROPPED = 0.05
 
 Log = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HarvestConfig:
-    """Which activations of which subject model on which text are stored.
-
-    Attributes:
-      subject: 'embedded', a folder in the Hugging Face layout, or a hub id.
-      site: where the subject is tapped; `Subject.sites()` lists the names.
-      sites: further sites to store from the same forward passes. With any of them the stores of
-        each site, `site` too, are in a folder of its name.
-      context_length: tokens a context, T; each gives T - 1 activations but for masked ones (BOS,
-        special tokens, padding).
-      max_norm_ratio: activations whose norm is above this multiple of the median norm of their
-        shard are left out, because a few positions of some models are hundreds of times larger
-        than the rest; None keeps them.
-      tokens: activations to store for training, before masked ones come off; None stores all of
-        the text.
-      held_out_tokens: the same for the held-out split.
-      contexts_per_shard: at most so many contexts a shard (a power of two is used: the largest
-        that leaves out no more than 5 % of the contexts). A chunk has as many rows, and a batch
-        must be a multiple or a divisor of it.
-      batch_contexts: contexts a forward pass, on each device of a process (or each group of
-        `subject_shards`).
-      subject_shards: devices that share one copy of the subject's weights.
-      max_bytes: refuse to store more than this; None asks only for free space.
-      dtype: precision of the forward pass; what is stored is always bfloat16.
-      seed: seed of the permutation of contexts and of the rows' order in a shard.
-      text: the text, or token ids made elsewhere.
-    """
-
-    subject: str = "embedded"
-    site: str = "1.resid_post"
-    sites: tuple[str, ...] = ()
-    context_length: int = 64
-    tokens: int | None = None
-    held_out_tokens: int | None = None
-    max_norm_ratio: float | None = 10.0
-    contexts_per_shard: int = 1024
-    batch_contexts: int = 64
-    subject_shards: int = 1
-    max_bytes: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    text: TextConfig | TokensConfig = dataclasses.field(default_factory=TextConfig)
-
-    def __post_init__(self) -> None:
-        if self.context_length < 2:
-            raise ValueError(
-                f"Harvest.context_length = {self.context_length}: at least 2, because the first "
-                "position is not stored."
-            )
-        for name in ("contexts_per_shard", "batch_contexts", "subject_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Harvest.{name} = {getattr(self, name)}: must be at least 1.")
-        for name in ("tokens", "held_out_tokens", "max_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Harvest.{name} = {value}: must be at least 1, or None.")
-        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
-            raise ValueError(
-                f"Harvest.max_norm_ratio = {self.max_norm_ratio}: must be above 1, or None."
-            )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"Harvest.dtype = {self.dtype!r}: 'float32' or 'bfloat16'.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"Harvest.seed = {self.seed}: must be in [0, 2**63).")
-
-    @property
-    def all_sites(self) -> tuple[str, ...]:
-        """`site` and `sites`, each once."""
-        return tuple(dict.fromkeys((self.site, *self.sites)))
-
-    def folder(self, root: str | os.PathLike[str], site: str) -> str:
-        """Where the stores 'train' and 'held_out' of a site are, under the harvest's own place."""
-        root = os.fspath(root).rstrip("/")
-        return f"{root}/{site}" if len(self.all_sites) > 1 else root
 
 
 def harvest(
@@ -136,18 +58,17 @@ def harvest(
         the splits are committed, whoever produced them; each takes other shards first.
 
     Returns:
-      By site, the finished stores in the order of `splits`.
+      By site, named as asked for, the finished stores in the order of `splits`.
 
     Raises:
-      ValueError: no such site; a context longer than the subject's; stores of another spec there;
-        NaN or infinite activations; max_bytes exceeded; a batch that shards cannot give.
+      ValueError: a request that the subject does not serve; stores of another spec there; NaN or
+        infinite activations; max_bytes exceeded; a batch that shards cannot give.
       OSError: no space, or no permission to write.
     """
-    subject = subject or load_subject(cfg.subject)
-    check_request(cfg, subject)
+    subject = subject or open_subject(cfg, on_devices=True)
+    asked, (cfg, subject) = cfg.all_sites, resolve_request(cfg, subject)
     texts = {split: read_contexts(cfg, subject, split) for split in splits}
-    stores = _open_stores(cfg, subject, texts, os.fspath(workdir), batch_size)
-    _check_space(os.fspath(workdir), [x for of in stores.values() for x in of.values()], log)
+    stores = _open_stores(cfg, subject, texts, os.fspath(workdir), batch_size, log)
     forward = forward or make_forward(
         subject,
         cfg.all_sites,
@@ -167,18 +88,8 @@ def harvest(
             manifest = store.finish(_provenance(cfg, subject, contexts, store.spec))
             if shards:
                 log(_summary(store.spec, manifest))
-    return {site: tuple(stores[split][site] for split in splits) for site in cfg.all_sites}
-
-
-def check_request(cfg: HarvestConfig, subject: Subject) -> None:
-    """ValueError when the subject has no such site, or fewer positions than a context."""
-    for site in cfg.all_sites:
-        subject.check_site(site)
-    if cfg.context_length > subject.max_context:
-        raise ValueError(
-            f"Harvest.context_length = {cfg.context_length}: subject {subject.name!r} has "
-            f"{subject.max_context} positions; give at most that."
-        )
+    named = zip(asked, cfg.all_sites, strict=True)
+    return {name: tuple(stores[split][site] for split in splits) for name, site in named}
 
 
 def _open_stores(
@@ -187,18 +98,22 @@ def _open_stores(
     texts: Mapping[str, Contexts],
     root: str,
     batch_size: int | None,
+    log: Log,
 ) -> dict[str, dict[str, Store]]:
     """The store of every split and site, created or continued once nothing speaks against it."""
     specs = {split: store_specs(cfg, subject, split, text) for split, text in texts.items()}
     if batch_size is not None and "train" in specs:
         check_batch_size(batch_size, specs["train"][cfg.site].contexts_per_shard)
-    everything = [spec for by_site in specs.values() for spec in by_site.values()]
-    check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in everything))
+    by_path = {
+        f"{cfg.folder(root, site)}/{split}": spec
+        for split, by_site in specs.items()
+        for site, spec in by_site.items()
+    }
+    check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in by_path.values()))
+    _check_space(root, by_path, log)
+    made = {path: open_store(path, spec, "w") for path, spec in by_path.items()}
     return {
-        split: {
-            site: open_store(f"{cfg.folder(root, site)}/{split}", spec, "w")
-            for site, spec in by_site.items()
-        }
+        split: {site: made[f"{cfg.folder(root, site)}/{split}"] for site in by_site}
         for split, by_site in specs.items()
     }
 
@@ -238,7 +153,10 @@ def check_free_space(path: str, needed_bytes: int) -> int | None:
 def read_contexts(cfg: HarvestConfig, subject: Subject, split: str) -> Contexts:
     """The text of a split as contexts of tokens."""
     try:
-        return load_contexts(cfg.text, split, subject.tokenizer, cfg.context_length)
+        found = load_contexts(cfg.text, split, subject.tokenizer, cfg.context_length)
+        if subject.tokenizer.vocab_size > subject.vocab_size:
+            subject.check_tokens(found.tokens)  # ids that only the tokenizer knows, see base
+        return found
     except ValueError as error:
         kind = "Text" if isinstance(cfg.text, TextConfig) else "Tokens"
         where = f"{kind}.source = {cfg.text.source!r}, {split} split"
@@ -308,6 +226,7 @@ def _provenance(
         "family": subject.family,
         "revision": subject.revision,
         "tokenizer_fingerprint": subject.tokenizer.fingerprint,
+        "lead": contexts.lead,  # tokens put before the text of each context
         "text": dataclasses.asdict(cfg.text),
         "text_bytes": contexts.bytes_total,
         "text_left_out": contexts.left_out,
@@ -316,6 +235,14 @@ def _provenance(
         "contexts_dropped": max(0, goal - stored),  # they fill no shard
         "tokens_dropped_in_tails": contexts.dropped_tokens,
     }
+
+
+def _n_committed(path: str, spec: StoreSpec) -> int:
+    """Shards that are stored at a path; ValueError when they are of another spec."""
+    try:
+        return len(open_store(path, spec).committed())
+    except FileNotFoundError:  # no store yet
+        return 0
 
 
 def _missing(store: Store) -> list[int]:
@@ -331,8 +258,12 @@ def check_quota(cfg: HarvestConfig, needed: int) -> None:
         )
 
 
-def _check_space(root: str, stores: Sequence[Store], log: Log) -> None:
-    needed = sum(store.spec.bytes_per_shard * len(_missing(store)) for store in stores)
+def _check_space(root: str, specs: Mapping[str, StoreSpec], log: Log) -> None:
+    """Before a store is made: one left by a refused harvest would refuse the corrected one."""
+    needed = sum(
+        spec.bytes_per_shard * (spec.n_shards - _n_committed(path, spec))
+        for path, spec in specs.items()
+    )
     free = check_free_space(root, needed)
     if needed:
         place = "" if free is None else f", {free / 1e9:.1f} GB free"

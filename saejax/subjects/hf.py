@@ -14,15 +14,18 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.data.token_arrays import IdsOnly
 from saejax.data.tokenizers import load_tokenizer
 from saejax.subjects import weights
-from saejax.subjects.base import Subject, make_subject
-from saejax.subjects.decoder import Params
+from saejax.subjects.base import Subject, check_vocabulary, make_subject
+from saejax.subjects.decoder import Config, Params
 from saejax.subjects.families import families
 from saejax.subjects.gpt2 import GPT2Config, to_hf
+from saejax.subjects.layout import Family, check_tensors
 
 EMBEDDED = "embedded"
 TORCH = "torch:"
+_EMBEDDED_FOLDER = pathlib.Path(__file__).parent / "embedded"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _FILES = (
     "config.json",
@@ -40,6 +43,7 @@ def load_subject(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     tokenizer: bool = True,
+    ids_only: bool = False,
 ) -> Subject:
     """Loads a subject model.
 
@@ -52,6 +56,8 @@ def load_subject(
       mesh: split the weights over it, each shard read straight from the file; numpy arrays on the
         host by default.
       tokenizer: False loads none: enough where tokens come from arrays.
+      ids_only: take `token_arrays.IdsOnly` where a folder has no tokenizer.json: no text can be
+        encoded with it.
 
     Raises:
       FileNotFoundError: no such folder, file or repository.
@@ -61,10 +67,12 @@ def load_subject(
     if path_or_name.startswith(TORCH):
         from saejax.subjects import torch_adapter
 
-        return torch_adapter.load(path_or_name, dtype=dtype, tokenizer=tokenizer)
-    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "tokenizer": tokenizer}
+        return torch_adapter.load(path_or_name, dtype=dtype, tokenizer=tokenizer, ids_only=ids_only)
+    options: dict[str, Any] = {
+        "dtype": dtype, "mesh": mesh, "tokenizer": tokenizer, "ids_only": ids_only
+    }  # fmt: skip
     if path_or_name == EMBEDDED:
-        return load_folder(pathlib.Path(__file__).parent / "embedded", EMBEDDED, **options)
+        return load_folder(_EMBEDDED_FOLDER, EMBEDDED, **options)
     folder, revision = find_folder(path_or_name)
     return load_folder(folder, path_or_name, revision=revision, **options)
 
@@ -96,9 +104,60 @@ def load_folder(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     tokenizer: bool = True,
+    ids_only: bool = False,
     revision: str = "",
 ) -> Subject:
     """Loads a subject from a folder; see `load_subject` for the arguments and errors."""
+    kind, family, config = _read_config(folder, name)
+    tensors = weights.open_tensors(folder)
+    params = weights.load_params(tensors, family, config.decoder, dtype=dtype, mesh=mesh)
+    unknown = config.vocab_size if ids_only else None
+    found = read_tokenizer(folder, unknown) if tokenizer else None
+    return make_subject(name, config, params, found, family=kind, revision=revision)
+
+
+def describe_subject(
+    path_or_name: str, *, dtype: str = "float32", ids_only: bool = False
+) -> Subject:
+    """A subject without its weights, to plan with: what config, tokenizer and headers say.
+
+    The tensors are checked by name and shape, and none is read; `params` is empty and `fingerprint`
+    is ''. Of a 'torch:' subject the model itself says what its sites are, so it is loaded, in
+    `dtype`.
+
+    Args:
+      path_or_name, dtype, ids_only: see `load_subject`, for the errors too.
+    """
+    if path_or_name.startswith(TORCH):
+        return load_subject(path_or_name, dtype=dtype, ids_only=ids_only)
+    folder, revision = _EMBEDDED_FOLDER, ""
+    if path_or_name != EMBEDDED:
+        folder, revision = find_folder(path_or_name)
+    kind, family, config = _read_config(folder, path_or_name)
+    shapes = {name: tensor.shape for name, tensor in weights.open_tensors(folder).items()}
+    check_tensors(family, config.decoder, shapes)
+    tokenizer = read_tokenizer(folder, config.vocab_size if ids_only else None)
+    check_vocabulary(path_or_name, tokenizer, config.vocab_size)
+    return Subject(
+        name=path_or_name,
+        family=kind,
+        config=config,
+        params={},
+        tokenizer=tokenizer,
+        fingerprint="",
+        revision=revision,
+    )
+
+
+def read_tokenizer(folder: pathlib.Path, vocab_size: int | None = None) -> Any:
+    """The tokenizer of a folder; with `vocab_size`, ids below it where there is none."""
+    if vocab_size is not None and not (folder / "tokenizer.json").is_file():
+        return IdsOnly(vocab_size)
+    return load_tokenizer(folder)
+
+
+def _read_config(folder: pathlib.Path, name: str) -> tuple[str, Family, GPT2Config | Config]:
+    """`model_type`, family and configuration of a folder; ValueError if it is not supported."""
     raw = weights.read_json(folder / "config.json")
     kind = raw.get("model_type")
     known = families()
@@ -109,11 +168,7 @@ def load_folder(
             f"can be harvested through PyTorch: subject = '{TORCH}{name}'"
         )
     _refuse_code(raw, folder)
-    config = known[kind].read_config(raw)
-    tensors = weights.open_tensors(folder)
-    params = weights.load_params(tensors, known[kind], config.decoder, dtype=dtype, mesh=mesh)
-    found = load_tokenizer(folder) if tokenizer else None
-    return make_subject(name, config, params, found, family=kind, revision=revision)
+    return kind, known[kind], known[kind].read_config(raw)
 
 
 def write_folder(

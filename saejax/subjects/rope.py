@@ -82,14 +82,14 @@ def rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
 
 
 def read_rope(
-    parameters: Mapping[str, Any] | None, *, dims: int, theta: float, max_positions: int
+    parameters: Mapping[str, Any] | None, *, dims: int, theta: float | None, max_positions: int
 ) -> Rope:
     """A Rope from `rope_parameters` (transformers 5) or `rope_scaling` (older files).
 
     Args:
       parameters: that object of config.json, or None.
       dims: rotated dimensions.
-      theta: base, unless the parameters name it.
+      theta: base, unless the parameters name it; None where they must.
       max_positions: the model's, which stand in for a missing original context.
 
     Raises:
@@ -115,4 +115,7 @@ def read_rope(
     if kind == "llama3":
         original = p.get("original_max_position_embeddings") or max_positions
         given["original_context"] = int(original)
-    return Rope(dims=dims, theta=float(p.get("rope_theta") or theta), kind=kind, **given)
+    base = p.get("rope_theta") or theta
+    if base is None:
+        raise ValueError("config.json: the base of RoPE (rope_theta) is null; give a number")
+    return Rope(dims=dims, theta=float(base), kind=kind, **given)

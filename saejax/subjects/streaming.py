@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from saejax import mesh as mesh_lib
 from saejax.data.feed import Ranges
 from saejax.data.stream import Stream, usable_positions
-from saejax.data.stream_plan import StreamPlan, lanes_for
+from saejax.data.stream_plan import StreamPlan, contexts_for, lanes_for
 from saejax.subjects.base import Subject
 from saejax.subjects.filling import FIRST_POSITION
 from saejax.subjects.harvest import HarvestConfig, read_contexts
@@ -26,9 +26,9 @@ class StreamConfig:
 
     Attributes:
       harvest: subject, sites and text; its held-out activations are stored, the training ones are
-        not. `Harvest.tokens` bounds the text of an epoch; `Harvest.held_out_tokens` is 1,000,000
-        where it is None. `Harvest.batch_contexts` is the number of contexts of a lane in one
-        forward pass.
+        not. `Harvest.tokens` bounds the rows of an epoch, whose contexts are drawn from all of the
+        text; `Harvest.held_out_tokens` is 1,000,000 where it is None. `Harvest.batch_contexts` is
+        the number of contexts of a lane in one forward pass.
       lanes: parts of every batch with contexts and a buffer of their own; the sequence of batches
         depends on it, not on the devices, whose number must divide it. None: one a device.
       buffer_batches: batches that the swap buffers hold together. Batches of 16 buffered ones and
@@ -108,10 +108,11 @@ def open_stream(
         subject.check_site(site)
     contexts = read_contexts(harvest, subject, "train")
     keep = usable_positions(contexts, FIRST_POSITION)
+    kept = keep.sum(1)
     lanes = lanes_for(mesh.size, batch_size, cfg.lanes)
     plan = StreamPlan(
-        n_contexts=_bounded(keep, harvest.tokens),
-        kept=keep.sum(1),
+        n_contexts=contexts_for(kept, harvest.tokens, harvest.seed),
+        kept=kept,
         lanes=lanes,
         group_contexts=harvest.batch_contexts,
         batch_size=batch_size,
@@ -141,15 +142,9 @@ def open_stream(
     return stream, identity
 
 
-def _bounded(keep_NT: np.ndarray, tokens: int | None) -> int:
-    """Contexts that hold the rows asked for, at most all."""
-    if tokens is None:
-        return len(keep_NT)
-    return min(len(keep_NT), int(np.searchsorted(keep_NT.sum(1).cumsum(), tokens)) + 1)
-
-
 def _described(plan: StreamPlan, harvest: HarvestConfig) -> str:
     """What the sequence of batches depends on, beside subject and text."""
+    contexts, available = plan.n_contexts, len(plan.kept)
     settings = {
         "Stream.lanes": plan.lanes,
         "Stream.buffer_batches": plan.buffer_batches,
@@ -157,6 +152,6 @@ def _described(plan: StreamPlan, harvest: HarvestConfig) -> str:
         "Harvest.max_norm_ratio": harvest.max_norm_ratio,
         "Harvest.dtype": harvest.dtype,
         "Harvest.seed": plan.seed,
-        "contexts": plan.n_contexts,
+        "contexts": contexts if contexts == available else f"{contexts} drawn of {available}",
     }
     return ", ".join(f"{name} = {value}" for name, value in settings.items())

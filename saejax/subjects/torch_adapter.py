@@ -1,8 +1,9 @@
 """Any other model of `transformers`, run by PyTorch with hooks that bring what they see.
 
-For architectures without a decoder here, encoders and vision towers among them: harvest only, no
-edits and no gradients. Needs the extra `torch`. Sites are the paths of the model's modules
-(`named_modules`), as 'encoder.layer.3.output' for what a module returns and
+For architectures without a decoder here, encoders and vision towers among them: activations only,
+no edits and no gradients. A harvest feeds text; a vision tower takes pixels, and its activations
+are had from Python, by `TorchSubject.capture_host`. Needs the extra `torch`. Sites are the paths of
+the model's modules (`named_modules`), as 'encoder.layer.3.output' for what a module returns and
 'encoder.layer.3.output:input' for what it is given. Code of a repository is never run, and pickled
 weights are never read.
 """
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from saejax.data.tokenizers import load_tokenizer
 from saejax.subjects import hf, weights
+from saejax.subjects.base import check_vocabulary
 from saejax.subjects.taps import Stop
 
 INPUT = ":input"
@@ -65,6 +66,16 @@ class TorchSubject:
     def n_layers(self) -> int:
         """Number of blocks."""
         return self.model.config.num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model knows."""
+        return self.model.config.vocab_size
+
+    @property
+    def dtype(self) -> str:
+        """'float32' or 'bfloat16', of weights and computation."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     def sites(self) -> list[str]:
         """All sites in the order in which the model passes them."""
@@ -153,13 +164,16 @@ class TorchSubject:
         }
 
 
-def load(name: str, *, dtype: str = "float32", tokenizer: bool = True) -> TorchSubject:
+def load(
+    name: str, *, dtype: str = "float32", tokenizer: bool = True, ids_only: bool = False
+) -> TorchSubject:
     """Loads 'torch:<folder or hub id>', onto a GPU if PyTorch sees one.
 
     Args:
       name: with the prefix.
       dtype: 'float32' or 'bfloat16', of weights and computation.
       tokenizer: whether to load one, if the model takes tokens.
+      ids_only: see `hf.load_subject`.
 
     Raises:
       FileNotFoundError, PermissionError: as of `hf.load_subject`, or no safetensors there.
@@ -184,13 +198,11 @@ def load(name: str, *, dtype: str = "float32", tokenizer: bool = True) -> TorchS
     shapes = _find_sites(model, takes, left_out)
     if not shapes:
         raise ValueError(f"subject {name!r}: no module of it gives [B, T, width]")
-    vocabulary = load_tokenizer(folder) if tokenizer and takes == "tokens" else None
     size = getattr(model.config, "vocab_size", 0)
-    if vocabulary is not None and vocabulary.vocab_size > size:
-        raise ValueError(
-            f"subject {name!r}: the tokenizer has {vocabulary.vocab_size} ids, the model's "
-            f"vocab_size is {size}; take the tokenizer that belongs to the model"
-        )
+    vocabulary = None
+    if tokenizer and takes == "tokens":
+        vocabulary = hf.read_tokenizer(folder, size if ids_only else None)
+    check_vocabulary(name, vocabulary, size)
     return TorchSubject(
         name=name,
         family=model.config.model_type,

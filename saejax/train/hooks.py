@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -193,7 +194,9 @@ class MetricsWriter:
             partial.replace(self._path)
         with _written(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(str(self._folder / "events"))
+            # A name of its own: a rollback may open the next one within the same second.
+            suffix = f".{os.getpid()}.{resume_step}"
+            self._events = EventsWriter(str(self._folder / "events"), suffix)
             if resume_step:  # hides what another start wrote of the steps that will run again
                 again = SessionLog(status=SessionLog.START)
                 self._events.write_event(Event(step=resume_step + 1, session_log=again))
@@ -210,6 +213,8 @@ class MetricsWriter:
 
         with _written(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint of a later step must not outlive it
         with _written(self._folder):
             for name, value in record.items():
                 if name not in ("step", "tokens"):
@@ -240,8 +245,15 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     """The records of a `metrics.jsonl`; none if it does not exist. A torn last line is ignored."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    records = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: no JSON ({error}); restore the file, or delete the line"
+            ) from error
+    return records
 
 
 class CapacityWarning:

@@ -184,7 +184,8 @@ def _example(pages: LatentPages, row: int, slot: int, peak: float) -> str:
     offset = int(shown.offset[row, slot])
     name = pages.names[document] if 0 <= document < len(pages.names) else f"document {document}"
     stop = offset + shown.tokens.shape[2] - 1
-    source = f"{name}, tokens {offset:,} to {stop:,}, strongest at {offset + at:,}"
+    # A BOS that belongs to no document stands at -1, and may be the strongest.
+    source = f"{name}, tokens {max(offset, 0):,} to {stop:,}, strongest at {max(offset + at, 0):,}"
     return (
         '<details class="ex"><summary>'
         f'<span class="l"><span>{_spans(left, peak)}</span></span>'

@@ -76,12 +76,14 @@ def _pages(config, sae, statistics, contexts, documents, subject, site) -> Laten
         return None  # nothing fired
     examples = summaries.top_examples(sae, contexts(), chosen, config.examples)
     raised = lowered = None
-    if config.logit_tokens and site is not None and effects.writes_to_residual(site):
+    if config.logit_tokens and _has_effects(subject, site):
         directions = np.asarray(sae.w_dec[...])[examples.latents]
         tokens = next(iter(contexts())).tokens[:_EFFECT_CONTEXTS]
         effect = effects.direct_logits(subject, directions, tokens)
-        # A padded embedding has rows that are no token of the tokenizer and have no text.
+        # A padded embedding has rows that are no token of the tokenizer and have no text; a
+        # tokenizer may have special ids that the model lacks.
         known = np.array(subject.tokenizer.ids())
+        known = known[known < effect.shape[1]]
         ends = effects.extremes(effect[:, known], config.logit_tokens)
         raised, lowered = (known[end] for end in ends)
     return LatentPages(
@@ -93,6 +95,12 @@ def _pages(config, sae, statistics, contexts, documents, subject, site) -> Laten
         lowered=lowered,
         seed=config.seed,
     )
+
+
+def _has_effects(subject: Subject, site: str | None) -> bool:
+    """Whether latents act on logits directly; a subject outside JAX has no logits here."""
+    here = site is not None and isinstance(subject, Subject)
+    return here and effects.writes_to_residual(subject, site)
 
 
 def _facts(sae: SAE, evaluation: Mapping[str, Any], where: str) -> list[tuple[str, str]]:

@@ -126,6 +126,20 @@ def test_later_steps_are_set_aside_and_written_again(tmp_path):
     assert_same(done, run(tmp_path / "quiet", Faulty({})))
 
 
+def test_stops_among_skipped_steps_delete_no_checkpoint_to_go_back_to(tmp_path):
+    """Each stop saves; were older ones deleted for it, none would be left that is good."""
+    batches = Faulty(dict.fromkeys((15, 16, 17), np.nan), times=1)
+    batches.left |= {16: 2, 17: 2}  # read ahead by the calls that are stopped
+    recipe = dataclasses.replace(RECIPE, checkpoint=CheckpointConfig(every_steps=5, keep=1))
+    assert run(tmp_path / "run", batches, stop_after=16, recipe=recipe).stopped
+    assert run(tmp_path / "run", batches, stop_after=1, recipe=recipe).stopped
+    assert steps_saved(tmp_path / "run") == ["15", "16", "17"]
+    done = run(tmp_path / "run", batches, recipe=recipe)
+    assert batches.begun == [0, 16, 17, 15]
+    assert_same(done, run(tmp_path / "quiet", Faulty({})))
+    assert steps_saved(tmp_path / "run") == ["24", "16.undone-1", "17.undone-1"]
+
+
 def test_before_the_first_checkpoint_it_goes_back_to_the_start(tmp_path):
     batches = Faulty(dict.fromkeys((1, 2, 3), np.nan), times=1)
     assert_same(run(tmp_path / "run", batches), run(tmp_path / "quiet", Faulty({})))

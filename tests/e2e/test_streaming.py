@@ -88,14 +88,18 @@ def test_any_number_of_devices_gives_the_same_rows(config, subject, devices, sha
 
 
 def test_sources_of_several_sites_share_one_pass(config, tmp_path):
-    saes = {SITE: SAE, OTHER: SAEConfig(d_model=768, n_latents=64, k=4)}
+    alias = "0.mlp_act"
+    saes = {SITE: SAE, alias: SAEConfig(d_model=768, n_latents=64, k=4)}
     sources = open_streams(config, saes, 64, tmp_path, mesh_of(1))
-    assert sources[SITE].batches.stream is sources[OTHER].batches.stream
-    assert sources[OTHER].batches.sample_rows(10).shape == (10, 768)
+    assert sources[SITE].batches.stream is sources[alias].batches.stream
+    assert sources[alias].batches.sample_rows(10).shape == (10, 768)
     for site, source in sources.items():
         held_out = np.concatenate([b.reshape(-1, b.shape[-1]) for b in source.held_out()])
         assert held_out.shape[1] == saes[site].d_model and len(held_out) >= 900
-        assert source.site == site and source.inputs().mean.shape == (saes[site].d_model,)
+        assert source.site == (OTHER if site == alias else site)
+        assert source.inputs().mean.shape == (saes[site].d_model,)
+    with pytest.raises(ValueError, match=r"'0\.mlp_hidden' and '0\.mlp_act' are the same site"):
+        open_streams(config, {OTHER: saes[alias], **saes}, 64, tmp_path, mesh_of(1))
 
 
 def test_bad_settings_are_refused(config, subject, tmp_path):

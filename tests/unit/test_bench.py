@@ -256,10 +256,18 @@ def test_errors_name_the_flag_the_value_and_what_is_allowed(arguments, parts, ca
 
 
 def test_a_race_without_the_packages_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(trainers.PACKAGES, "no-such-trainer", "no_such_trainer")
+    monkeypatch.setitem(trainers.PACKAGES, "sae-lens", "no_such_trainer")
     assert command.main([f"--shapes={TINY_NAME}", "--against=torch", "--race_tokens=0"]) == 2
     message = capsys.readouterr().err
-    assert "no-such-trainer" in message and "pip install '.[bench]'" in message
+    assert "sae-lens" in message and "pip install '.[bench]'" in message
+
+
+def test_some_trainers_can_be_raced_by_name():
+    chosen = settings.parse(["--against=sae-lens,eai-sparsify"])
+    assert chosen.against == ("sae-lens", "eai-sparsify")
+    names = [trainer.name for trainer in trainers.everyone(chosen.against)]
+    assert names == ["saejax", "eai-sparsify", "sae-lens"]
+    assert settings.parse(["--against=torch"]).against == settings.PEERS
 
 
 # --- The race -------------------------------------------------------------------------------------
@@ -297,8 +305,8 @@ def test_a_race_gives_everyone_the_same_tokens(tmp_path, capsys, monkeypatch):
         return made[-1]
 
     mean.name = "mean"
-    monkeypatch.setattr(trainers, "everyone", lambda: (trainers.Saejax, mean))
-    monkeypatch.setattr(trainers, "PACKAGES", {})
+    monkeypatch.setattr(trainers, "everyone", lambda names: (trainers.Saejax, mean))
+    monkeypatch.setattr(trainers, "missing", lambda names: None)
     monkeypatch.setattr(race, "_HELD_OUT", 512)
     monkeypatch.setattr(race, "_SAMPLE", 512)
     monkeypatch.setattr(race, "_PAUSE", 0)

@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, or an error names what does not fit."""
 
 import dataclasses
+import errno
 import pathlib
 import shutil
 import threading
@@ -420,6 +421,33 @@ def test_what_this_user_may_not_read_is_no_damage(copy, state, monkeypatch):
 
 
 # --- Configuration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["read_bytes", "open"])
+def test_what_cannot_be_read_for_now_is_no_damage(copy, state, monkeypatch, reader):
+    """A disk that fails cannot be made here: the call is replaced."""
+    whole = getattr(pathlib.Path, reader)
+
+    def fail(self, *args, **options):
+        if self.is_relative_to(copy):
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(pathlib.Path, reader, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        Checkpoints(copy).restore_newest(abstract_like(state), anything)
+    assert names(copy) == ["1", "2", "3"]
+
+
+def test_a_doubtful_step_replaces_none(tmp_path, state):
+    store = Checkpoints(tmp_path / "run", keep=1)
+    for step, doubtful in ((1, False), (2, True), (3, True)):
+        store.save(at(state, step), {}, doubtful)
+        store.wait()
+    assert store.steps() == [1, 2, 3]
+    store.save(at(state, 4), {})
+    store.close()
+    assert store.steps() == [4]
 
 
 @pytest.mark.parametrize("field", ["every_steps", "keep", "keep_every"])

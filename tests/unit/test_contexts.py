@@ -1,6 +1,7 @@
 """The cache of contexts: equal to what it stands for, never out of date, never half-written."""
 
 import dataclasses
+import errno
 import json
 import os
 
@@ -124,6 +125,18 @@ def test_a_failed_run_leaves_nothing(source, tmp_path):
     (source / "9.txt").write_bytes(b"\xff")
     cfg = TextConfig(source=str(source), cache=str(tmp_path / "cache"), take="first")
     with pytest.raises(ValueError, match=r"9\.txt is not UTF-8"):
+        load_contexts(cfg, "train", TOKENIZER, 16)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_setting(source, tmp_path, monkeypatch):
+    cfg = TextConfig(source=str(source), cache=str(tmp_path / "cache"))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(contexts._FileSink, "append", full)
+    with pytest.raises(OSError, match=r"Text.cache: no space left for contexts in .*cache; free"):
         load_contexts(cfg, "train", TOKENIZER, 16)
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -205,6 +205,7 @@ def test_defaults_of_the_library_stand_in_for_missing_fields():
     assert qwen.windows == (None, 5, 5)
     assert read("qwen2", "layer_types", use_sliding_window=False).windows == ()
     assert read("mistral", sliding_window=None).windows == ()
+    assert read("pythia", hidden_act="gelu_fast").activation == "gelu_fast"  # of GPT-NeoX-20B
 
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
@@ -221,6 +222,14 @@ REFUSED = [
     ("llama", {"attention_bias": "yes"}, "attention_bias = 'yes'"),
     ("mistral", {"attention_bias": True}, "attention_bias = True is not supported"),
     ("pythia", {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.2}}, "3 rotated"),
+    (
+        "pythia",
+        {"rope_parameters": None, "rotary_pct": None},
+        "rotary_pct = null, a positive number is needed",
+    ),
+    ("pythia", {"rope_parameters": None, "rotary_emb_base": None}, "(rope_theta) is null"),
+    ("pythia", {"layer_norm_eps": None}, "layer_norm_eps = null"),
+    ("gemma2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar = null"),
     ("pythia", {"num_attention_heads": 3}, "num_attention_heads = 3 must divide"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention'"),
     ("qwen2", {"layer_types": ["full_attention"]}, "each of the 3 layers, but has 1"),

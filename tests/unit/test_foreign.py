@@ -303,6 +303,9 @@ def test_dictionary_learning(tmp_path, dtype):
     assert ((found.masked == 0).sum(1) == lengths).all() and (found.masked[1, 2:] == 3).all()
     np.testing.assert_array_equal(bits(found.acts[found.masked == 0]), bits(x))
     np.testing.assert_array_equal(found.tokens[found.masked == 0], tokens)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json has no 'shard_count': not a whole cache"):
+        opened(folder)
     (folder / "config.json").write_text(json.dumps({"shard_count": 2}))
     check(folder, x[:, None], kind="dictionary_learning")
     (folder / "shard_1.memmap").write_bytes(b"1234")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,18 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
     message = f"tokenizer has {ids} ids, the model's vocab_size is {ids - 1}"
     with pytest.raises(ValueError, match=message):
         base.make_subject("x", small, s.params, s.tokenizer)
+
+
+def test_special_ids_beyond_the_model_are_let_pass_if_they_begin_and_end_no_text():
+    s = subject()
+    plain = {"vocab_size": 301, "bos_id": 2, "eot_id": 1, "ids": lambda: list(range(301))}
+    ours = types.SimpleNamespace(**plain, special_ids={1, 2, 300})
+    assert base.make_subject("x", s.config, s.params, ours).tokenizer is ours
+    message = "tokenizer has 301 ids, the model's vocab_size is 300"
+    for change in ({"special_ids": {1, 2}}, {"bos_id": 300}, {"eot_id": 300}):
+        wrong = types.SimpleNamespace(**plain | {"special_ids": {1, 2, 300}} | change)
+        with pytest.raises(ValueError, match=message):
+            base.make_subject("x", s.config, s.params, wrong)
 
 
 def test_the_fingerprint_follows_weights_and_config():

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,16 @@ from saejax.data.corpus import TextConfig, read_documents
 from saejax.data.layout import MASKED
 from saejax.data.loader import Loader
 from saejax.data.shards import open_store
+from saejax.data.token_arrays import TokensConfig
 from saejax.data.tokens import pack
-from saejax.subjects.filling import make_forward, mask_codes
+from saejax.subjects import hf
+from saejax.subjects.filling import make_forward, mask_codes, own_mesh
 from saejax.subjects.harvest import HarvestConfig, check_free_space, harvest, plan_shards
 from saejax.subjects.hf import load_subject
+from saejax.subjects.request import open_subject
 
 ROOT = pathlib.Path(__file__).parents[2]
+EMBEDDED = pathlib.Path(hf.__file__).parent / "embedded"
 SPLITS = ("train", "held_out")
 
 
@@ -303,7 +308,9 @@ class HostSubject:
     def __init__(self, subject):
         for name in ("name", "family", "revision", "fingerprint", "tokenizer", "max_context"):
             setattr(self, name, getattr(subject, name))
-        self.check_site, self.width, self._subject = subject.check_site, subject.width, subject
+        for name in ("vocab_size", "check_site", "resolve_site", "width"):
+            setattr(self, name, getattr(subject, name))
+        self._subject = subject
         self.lengths = []
 
     def capture_host(self, batch, sites, length=None):
@@ -319,6 +326,104 @@ def test_a_subject_on_the_host_feeds_the_same_shards(clean, cfg, subject, tmp_pa
     np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=1e-2)
     contexts = sum(s.spec.n_shards * s.spec.contexts_per_shard for s in (train, held_out))
     assert sum(map(len, host.lengths)) == contexts
+
+
+def test_a_subject_on_the_host_is_not_asked_for_what_it_cannot_do(cfg, subject, tmp_path):
+    host = HostSubject(subject)
+    host.dtype = "float32"
+    with pytest.raises(ValueError, match=r"subject_shards = 2: .* runs outside JAX.*set it to 1"):
+        harvest(dataclasses.replace(cfg, subject_shards=2), tmp_path / "s", str, subject=host)
+    with pytest.raises(ValueError, match=r"dtype = 'bfloat16': .* was loaded in float32"):
+        harvest(dataclasses.replace(cfg, dtype="bfloat16"), tmp_path / "s", str, subject=host)
+    host.takes, host.tokenizer = "pixels", None
+    with pytest.raises(ValueError, match=r"takes pixels, and a harvest feeds text.*capture_host"):
+        harvest(cfg, tmp_path / "s", str, subject=host)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_torch_subject_is_loaded_in_the_type_asked_for(cfg, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "saejax.subjects.request.load_subject", lambda name, **options: asked.append(options)
+    )
+    for name in ("torch:x/y", "embedded"):
+        open_subject(dataclasses.replace(cfg, subject=name, dtype="bfloat16"))
+    assert [options["dtype"] for options in asked] == ["bfloat16", "float32"]
+
+
+def test_an_alias_is_stored_by_the_canonical_name(cfg, subject, tmp_path):
+    small = dataclasses.replace(cfg, tokens=500, site="blocks.1.hook_resid_post")
+    stores = harvest(small, tmp_path / "a", str, subject=subject, splits=("train",))
+    assert stores[small.site][0].spec.site == "1.resid_post"
+    both = dataclasses.replace(small, sites=("0.mlp_act",))
+    harvest(both, tmp_path / "b", str, subject=subject, splits=("train",))
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"1.resid_post", "0.mlp_hidden"}
+    twice = dataclasses.replace(small, sites=("1.resid_post",))
+    with pytest.raises(ValueError, match=r"'blocks.1.hook_resid_post' and '1.resid_post' are the"):
+        harvest(twice, tmp_path / "c", str, subject=subject)
+    assert not (tmp_path / "c").exists()
+
+
+def test_without_space_nothing_is_made_and_what_is_there_is_not_asked_for_again(
+    clean, cfg, subject, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("saejax.subjects.harvest.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="Free some space"):
+        harvest(cfg, tmp_path / "s", str, subject=subject)
+    assert not (tmp_path / "s").exists()
+    harvest(cfg, clean[0], str, subject=subject)  # all of it is stored
+
+
+def test_ids_made_elsewhere_need_no_tokenizer(cfg, subject, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(EMBEDDED / name, tmp_path / name)
+    ids = np.random.default_rng(0).integers(0, subject.vocab_size, (40, 16))
+    np.save(tmp_path / "ids.npy", ids)
+    text = TokensConfig(source=str(tmp_path / "ids.npy"), held_out_percent=20.0)
+    cfg = dataclasses.replace(cfg, subject=str(tmp_path), text=text, tokens=None)
+    train, _ = harvest(cfg, tmp_path / "s", str)[cfg.site]
+    assert train.manifest["provenance"]["tokenizer_fingerprint"] == "ids below 4096"
+    bare = dataclasses.replace(subject, tokenizer=None)
+    train, _ = harvest(cfg, tmp_path / "t", str, subject=bare)[cfg.site]
+    with pytest.raises(ValueError, match=r"without a tokenizer, so Harvest\.text cannot"):
+        harvest(dataclasses.replace(cfg, text=TextConfig()), tmp_path / "u", str, subject=bare)
+    np.save(tmp_path / "ids.npy", ids + 4096)
+    with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
+        harvest(cfg, tmp_path / "v", str)
+
+
+def test_ids_that_only_the_tokenizer_knows_are_refused(cfg, subject, tmp_path):
+    """Not clamped to the last row of the embedding, silently."""
+    small = dataclasses.replace(subject.config, vocab_size=100)
+    small = dataclasses.replace(subject, config=small)
+    with pytest.raises(ValueError, match=r"train split: token id \d+ is outside .*\(0 \.\. 99\)"):
+        harvest(cfg, tmp_path / "s", str, subject=small)
+    assert not (tmp_path / "s").exists()
+
+
+def test_weights_go_straight_to_the_devices(cfg, subject, tmp_path, monkeypatch):
+    """In the layout of the pass, where `place` then has nothing to move."""
+    meshes = []
+
+    def load(name, *, mesh, **options):
+        meshes.append(mesh)
+        return load_subject(name, mesh=mesh, **options)
+
+    monkeypatch.setattr("saejax.subjects.request.load_subject", load)
+    cfg = dataclasses.replace(cfg, subject_shards=2, tokens=500)
+    loaded = harvest(cfg, tmp_path / "a", str, splits=("train",))
+    given = harvest(cfg, tmp_path / "b", str, subject=subject, splits=("train",))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert loaded[cfg.site][0].spec == given[cfg.site][0].spec
+    assert [dict(mesh.shape) for mesh in meshes] == [{"data": 2, "latent": 2}]
+    first = load("embedded", mesh=own_mesh(2, 2))
+    assert all(
+        one.sharding == two.sharding and not isinstance(one, np.ndarray)
+        for one, two in zip(
+            jax.tree.leaves(first.params), jax.tree.leaves(subject.place(own_mesh(2, 2)).params)
+        )
+    )
 
 
 def test_padding_and_special_tokens_are_left_out_and_counted(cfg, subject, tmp_path):

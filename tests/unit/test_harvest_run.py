@@ -1,5 +1,6 @@
 """A harvest alone: its plan on paper, its folder, and what it refuses."""
 
+import dataclasses
 import re
 
 import pytest
@@ -60,6 +61,14 @@ def test_the_plan_is_that_of_the_stores_to_come(cfg, tmp_path):
     assert "at 100 tokens/s" in plan and "swap buffer" in plan
     with pytest.raises(ValueError, match="topology=cpu:8"):
         HarvestRun(data=cfg).plan("cpu:8")
+
+
+def test_the_plan_reads_no_weights(cfg, monkeypatch):
+    monkeypatch.setattr("saejax.subjects.hf.weights.load_params", None)
+    assert "train: activations" in HarvestRun(data=cfg).plan()
+    wrong = dataclasses.replace(cfg, site="9.resid_post")
+    with pytest.raises(ValueError, match="has no layer 9"):
+        HarvestRun(data=wrong).plan()
 
 
 def test_forty_billion_tokens_need_no_subject(tmp_path):

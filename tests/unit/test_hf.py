@@ -91,6 +91,22 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder):
         hf.load_subject(str(folder))
 
 
+def test_a_subject_is_described_without_its_weights(folder, monkeypatch):
+    whole = hf.load_subject(str(folder))
+    monkeypatch.setattr(hf.weights, "load_params", None)
+    told = hf.describe_subject(str(folder))
+    assert told.params == {} and told.fingerprint == ""
+    assert (told.name, told.family, told.config) == (whole.name, whole.family, whole.config)
+    assert told.tokenizer.fingerprint == whole.tokenizer.fingerprint
+    (folder / "tokenizer.json").unlink()
+    assert hf.describe_subject(str(folder), ids_only=True).tokenizer.vocab_size == 4100
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        hf.describe_subject(str(folder))
+    edit(folder / "config.json", n_layer=3)
+    with pytest.raises(ValueError, match=r"missing h\.2\.attn\.c_attn\.weight"):
+        hf.describe_subject(str(folder))
+
+
 def test_weights_of_another_shape_are_refused(folder):
     edit(folder / "config.json", n_layer=3)
     with pytest.raises(ValueError, match=r"missing h\.2\.attn\.c_attn\.weight"):

@@ -87,7 +87,7 @@ PARTS = {
     "importing": {"data", "subjects"},
     "stores": {"data", "subjects", "importing"},
     "truncation": {"data", "evals", "loading", "rundir", "sources"},
-    "verify": {"checkpoint", "data", "rundir"},
+    "verify": {"checkpoint", "data", "rundir", "steps"},
     "messages": set(),
     "config": {"schema", "bindings"},
     "ending": {"exits", "messages", "processes"},

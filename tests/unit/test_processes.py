@@ -180,6 +180,10 @@ GLOO = (
             "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat "
             "timeout.\nmore"
         ),
+        jax.errors.JaxRuntimeError(
+            "INTERNAL: NCCL operation ncclAllReduce(send, recv, 3, type, comm) failed: unhandled"
+        ),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: Slice 1 health check failed"),
     ],
 )
 def test_a_loss_is_named_with_what_jax_said_first(monkeypatch, error):

@@ -1,6 +1,8 @@
 """From an autoencoder, a subject and its contexts to the page and the figures."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,26 @@ def test_a_site_outside_the_residual_stream_has_no_logit_effects(tmp_path, sae, 
     content = published(tmp_path, sae, subject=subject, site="0.mlp_act")
     assert content.pages.raised is None
     assert ">raises<" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_site_by_another_name_has_its_logit_effects(tmp_path, sae, subject):
+    content = published(tmp_path, sae, subject=subject, site="blocks.0.hook_resid_post")
+    assert content.pages.raised is not None
+
+
+def test_a_subject_on_the_host_has_no_logit_effects(tmp_path, sae, subject):
+    host = types.SimpleNamespace(name="torch:tiny", tokenizer=subject.tokenizer)
+    content = published(tmp_path, sae, subject=host)
+    assert content.pages.raised is None and len(content.pages.chosen) == 5
+
+
+def test_special_tokens_that_the_model_lacks_are_never_shown(tmp_path, sae, subject):
+    config = dataclasses.replace(subject.config, vocab_size=256)
+    params = subject.params | {"embed": subject.params["embed"][:256]}
+    symbols = {s: i for i, s in enumerate(byte_symbols())}
+    tokenizer = Tokenizer(symbols, [], {END_OF_TEXT: 256})
+    small = dataclasses.replace(subject, config=config, params=params, tokenizer=tokenizer)
+    assert published(tmp_path, sae, subject=small).pages.raised.max() < 256
 
 
 def test_without_a_subject_there_are_no_latent_pages(tmp_path, sae):

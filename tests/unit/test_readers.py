@@ -62,6 +62,39 @@ def test_a_large_text_file_is_cut_without_loss(tmp_path, monkeypatch, chunk):
     assert [d.name for d in found] == [f"book.txt:{i}" for i in range(len(found))]
 
 
+@pytest.mark.parametrize("space", [" ", ""])
+def test_a_text_of_one_line_is_cut_alike_however_it_is_read(monkeypatch, space):
+    text = space.join(f"word{i}" for i in range(2000)) + "\nshort\n"
+    monkeypatch.setattr(readers, "_BLOCK", 500)
+
+    def cut(step):
+        parts = (text[i : i + step] for i in range(0, len(text), step))
+        return [d.text for d in readers.blocks("t", parts)]
+
+    whole = cut(len(text))
+    assert "".join(whole) == text and len(whole) > 5
+    assert cut(1) == cut(333) == whole
+    assert all(t[-1].isspace() for t in whole) or not space
+
+
+def test_a_lone_file_of_one_line_has_both_splits(tmp_path):
+    (tmp_path / "text8.txt").write_text("anarchism originated as a term of abuse " * 99)
+    assert len(everything(tmp_path / "text8.txt")) > 5
+
+
+def test_a_folder_named_like_a_table_is_read_by_its_files_own_names(tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    (tmp_path / "x.jsonl" / "a.txt").write_text("no JSON")
+    (tmp_path / "x.jsonl" / "b.txt").write_text("nor this")
+    assert set(everything(tmp_path)) == {"x.jsonl/a.txt", "x.jsonl/b.txt"}
+
+
+def test_an_empty_compressed_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz is empty, which no compressed file is"):
+        everything(tmp_path / "a.jsonl.gz")
+
+
 def test_what_has_no_text_is_counted(tmp_path):
     rows = [{"text": "a"}, {"text": " "}, {"text": None}, {"text": "b"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

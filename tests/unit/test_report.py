@@ -12,7 +12,7 @@ import pytest
 from saejax.data.bpe import END_OF_TEXT, Tokenizer, byte_symbols
 from saejax.evals.metrics import LatentStatistics
 from saejax.latents.summaries import EMPTY, TopExamples
-from saejax.viewer import charts, figures, report
+from saejax.viewer import charts, figures, panels, report
 from saejax.viewer.panels import LatentPages
 from saejax.viewer.text import markup, pieces, visible
 
@@ -162,6 +162,13 @@ def test_every_window_is_shown_whole(page):
             expected = "".join("↵\n" if c == "\n" else c if c == " " else visible(c) for c in text)
             assert next(windows) == expected
     assert next(windows) == shown.config
+
+
+def test_a_bos_that_belongs_to_no_document_is_not_counted():
+    pages = content().pages
+    pages.examples.offset[:] = -1  # position 1, the strongest, is the document's first token
+    said = panels._example(pages, 0, 0, 2.0)
+    assert f"tokens 0 to {LENGTH - 2:,}, strongest at 0<" in said
 
 
 def test_shading_is_relative_to_the_latent_s_strongest_token(page):

@@ -177,10 +177,37 @@ def test_a_disk_that_refuses_is_told_with_its_reason(tmp_path, monkeypatch, fail
     def refuse(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
-    message = rf"workdir = .* cannot be written \({failure.strerror}\); give a --workdir"
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    message = rf"workdir = .* cannot be written \({failure.strerror}\); .*give a"
     with pytest.raises(kind, match=message):
         claim(tmp_path / "run")
+
+
+def test_a_change_that_is_refused_is_put_back_and_one_that_was_begun_is_not(tmp_path):
+    for name, config in (("refused", CONFIG), ("begun", OTHER)):
+        claim(tmp_path / name)
+        run = RunDirectory(tmp_path / name)
+        run.checkpoints.mkdir()
+        run.claim(OTHER, "# 8\n", ["x"], allow_change=True)
+        with pytest.raises(ValueError, match="no"), run.change_accepted():
+            if name == "begun":
+                (run.checkpoints / "20").mkdir()
+            raise ValueError("no")
+        assert json.loads(run.config_json.read_text()) == config
+
+
+def test_a_cadence_of_checkpoints_is_no_other_run(tmp_path):
+    claim(tmp_path, CONFIG | {"checkpoint": {"keep": 3}})
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, CONFIG | {"checkpoint": {"keep": 1}})
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/evaluation\.json'"):
+        write_json(tmp_path / "evaluation.json", {})
+    assert names(tmp_path) == []
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):

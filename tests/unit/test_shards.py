@@ -258,20 +258,70 @@ class Overtaken(np.ndarray):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_loser_of_a_race_commits_nothing(tmp_path, same):
+def test_a_record_that_appears_before_the_write_keeps_its_bytes(tmp_path, same):
     first, second = (open_store(tmp_path / "s", SPEC, "w") for _ in range(2))
     acts, where = shard_arrays(SPEC, 0)
     late = (acts if same else acts + 1).view(Overtaken)
     late.race = first, 0, (acts, where)
     if same:
         assert second.write_shard(0, late, **where) is False
+    else:
+        with pytest.raises(ValueError, match=r"000000.json: another writer .* which is whole"):
+            second.write_shard(0, late, **where)
+    second.read_shard_rows(0)
+    assert first.committed() == [0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_loser_of_a_race_commits_nothing(tmp_path, monkeypatch, same):
+    first, second = (open_store(tmp_path / "s", SPEC, "w") for _ in range(2))
+    acts, where = shard_arrays(SPEC, 0)
+    begin = second._start_writes
+
+    def overtaken(*args):
+        assert first.write_shard(0, acts, **where)
+        return begin(*args)
+
+    monkeypatch.setattr(second, "_start_writes", overtaken)
+    if same:
+        assert second.write_shard(0, acts, **where) is False
         second.read_shard_rows(0)
     else:
-        with pytest.raises(ValueError, match=r"000000.json: another writer committed other values"):
-            second.write_shard(0, late, **where)
+        with pytest.raises(ValueError, match=r"000000.json: another writer .* is in doubt"):
+            second.write_shard(0, acts + 1, **where)
         with pytest.raises(CorruptStoreError):
             second.read_shard_rows(0)
     assert first.committed() == [0]
+
+
+def test_a_subject_by_another_path_is_the_same_and_older_records_are_read(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreSpec, "fingerprint", StoreSpec.former_fingerprint)
+        fill(tmp_path / "s", shards=[0])
+    moved = dataclasses.replace(SPEC, subject="./models/tiny")
+    assert moved.fingerprint() == SPEC.fingerprint()
+    fill(tmp_path / "s", moved, shards=[1, 2]).finish()
+    store = open_store(tmp_path / "s", moved)
+    store.verify()
+    assert store.spec.subject == "tiny" and len(store.records) == 3
+
+
+def test_tokens_before_the_documents_own_are_no_part_of_an_offset(tmp_path):
+    store = fill(tmp_path / "s")
+    store.finish({"lead": 1})
+    again = open_store(tmp_path / "s")
+    assert again.lead == 1 and finished(tmp_path / "other").lead == 0
+    np.testing.assert_array_equal(again.read_shard_rows(0).offset, [-1, 5, 11, 17])
+
+
+def test_many_records_are_read_in_order_and_their_sums_not_kept(tmp_path):
+    spec = dataclasses.replace(SPEC, n_shards=70)  # more than are read at once
+    store = fill(tmp_path / "s", spec)
+    assert [found["shard"] for found in store._commits.whole(range(70))] == list(range(70))
+    assert not {"sum", "norm_sum"} & set(store.record(3)) and store.record(3)["rows"] == 20
+    (tmp_path / "s" / "commits" / "000066.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"000066\.json is missing"):
+        list(store._commits.whole(range(70)))
 
 
 BIG = dataclasses.replace(SPEC, d_model=256, contexts_per_shard=128, context_length=17, n_shards=10)

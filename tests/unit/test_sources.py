@@ -100,7 +100,7 @@ def test_identity_follows_the_content(folder, tmp_path_factory, subject):
 
 
 def test_the_subject_must_be_the_one_that_was_harvested(folder, subject, monkeypatch):
-    monkeypatch.setattr("saejax.sources.load_subject", lambda name: subject)
+    monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: subject)
     source = stored(folder, subject="tiny")
     inputs = source.inputs()
     assert inputs.first_position == 1 and inputs.mean.shape == (WIDTH,)
@@ -108,11 +108,45 @@ def test_the_subject_must_be_the_one_that_was_harvested(folder, subject, monkeyp
     assert tokens.shape == mask.shape == (CONTEXTS, LENGTH)
     assert not mask[:, 0].any() and mask[:, 1:].all()
     retrained = dataclasses.replace(subject, fingerprint="0123456789abcdef")
-    monkeypatch.setattr("saejax.sources.load_subject", lambda name: retrained)
+    monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: retrained)
     with pytest.raises(
         ValueError, match=r"subject 'tiny' of fingerprint \w+, but .*0123456789abcdef"
     ):
         stored(folder, subject="tiny")
+
+
+class HostSubject:
+    """A subject that runs outside JAX: no parameters, no logits."""
+
+    def __init__(self, subject):
+        for name in ("name", "fingerprint", "tokenizer", "vocab_size", "resolve_site"):
+            setattr(self, name, getattr(subject, name))
+
+
+def test_a_subject_on_the_host_has_no_downstream_loss(folder, subject, monkeypatch, caplog):
+    monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: HostSubject(subject))
+    with caplog.at_level("INFO"):
+        source = stored(folder, subject="torch:tiny")
+    assert source.inputs is None and source.subject.name == "tiny"
+    assert "subject tiny runs outside JAX: the evaluation leaves out" in caplog.text
+
+
+def test_a_subject_is_loaded_as_it_was_for_the_store(tmp_path, subject, monkeypatch):
+    changes = {"subject_fingerprint": subject.fingerprint, "compute_dtype": "bfloat16"}
+    write(tmp_path, "train", 1, site="blocks.0.hook_resid_post", **changes)
+    write(tmp_path, "held_out", 1, site="blocks.0.hook_resid_post", **changes)
+    asked = []
+
+    def load(name, **options):
+        asked.append(options)
+        return subject
+
+    monkeypatch.setattr("saejax.sources.load_subject", load)
+    for name in ("tiny", "torch:tiny"):
+        source = stored(tmp_path, subject=name)
+        assert source.site == source.inputs().site == "0.resid_post"  # by its canonical name
+    assert [options["dtype"] for options in asked] == ["float32", "bfloat16"]
+    assert all(options["ids_only"] for options in asked)
 
 
 def test_another_width_is_refused(folder):

@@ -146,6 +146,13 @@ def rows(tmp_path_factory):
     return folder, x, imported(folder / "x.npy", folder / "stores")
 
 
+def test_a_disk_without_room_is_found_before_anything_is_made(contexts, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"has 0\.00 GB free"):
+        imported(contexts[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_without_contexts_lose_only_what_is_outlying(rows):
     _, x, made = rows
     train = made["train"]
@@ -232,7 +239,7 @@ def harvested(tmp_path_factory):
         acts = matrix(4, shard, (T - 1, D))
         store.write_shard(shard, acts, tokens=tokens, masked=masked, **where)
     store.write_documents(["a.py", "b.py", "c.py"])
-    store.finish({"note": "test"})
+    store.finish({"note": "test", "lead": 1})
     return open_store(folder / "train")
 
 
@@ -254,6 +261,7 @@ def test_an_export_in_text_order_comes_back_bit_by_bit(harvested, tmp_path, max_
         assert columns["offset"][i] == offset + position
     back = imported(tmp_path / "out", tmp_path / "back", split="train", contexts_per_shard=1)
     back = back["train"]
+    assert back.lead == harvested.lead == 1 and min(columns["offset"]) >= 0
     assert rows_of(back) == stored and back.documents == harvested.documents
     for name in ("subject", "subject_fingerprint", "site", "first_position", "compute_dtype"):
         assert getattr(back.spec, name) == getattr(harvested.spec, name)
@@ -316,7 +324,7 @@ def test_the_subject_of_imported_contexts(tmp_path, monkeypatch):
     masked = [store.manifest["left_out"] for store in made.values()]
     assert sum(one["special"] + one["bos"] for one in masked) == 1
     sae = SAEConfig(d_model=width, n_latents=16, k=2)
-    monkeypatch.setattr("saejax.sources.load_subject", lambda name: subject)
+    monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: subject)
     inputs = opened(tmp_path / "s", sae, 4, "embedded").inputs()
     assert inputs.site == site and inputs.first_position == 0
     with pytest.raises(ValueError, match=r"0\.resid_mid.*no.*|site"):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax import config
 from saejax import mesh as mesh_lib
 from saejax.data.layout import random_keys
 from saejax.data.stream import Stream
-from saejax.data.stream_plan import ROW_STREAM, StreamPlan, lanes_for
+from saejax.data.stream_plan import ROW_STREAM, StreamPlan, contexts_for, lanes_for
 from saejax.data.tokens import Contexts
 
 T, D = 6, 3
@@ -201,10 +202,30 @@ def test_text_that_is_masked_throughout_is_refused():
         make(contexts_of(60, masked=1.0))
 
 
+def test_a_bounded_epoch_is_drawn_from_all_of_the_text():
+    kept = np.full(1000, 5)
+    assert contexts_for(kept, None, 1) == 1000 == contexts_for(kept, 10**9, 1)
+    some = contexts_for(kept, 496, 1)
+    assert some == 100
+    shape = {"lanes": 2, "group_contexts": 5, "batch_size": 4, "buffer_batches": 2, "seed": 1}
+    contexts = StreamPlan(n_contexts=some, kept=kept, **shape).contexts
+    assert contexts.size == 100 and 350 < contexts.mean() < 650 and contexts.max() > 900
+    whole = StreamPlan(n_contexts=1000, kept=kept, **shape).contexts
+    np.testing.assert_array_equal(whole.ravel()[:100], contexts.ravel())
+
+
 def test_lanes_follow_the_devices():
     assert lanes_for(8, 64, None) == 8 and lanes_for(8, 64, 16) == 16
     with pytest.raises(ValueError, match="does not divide by the 8 devices"):
         lanes_for(8, 60, None)
+
+
+@pytest.mark.parametrize("name", ["streamed", "several"])
+def test_shipped_streams_run_on_up_to_eight_devices(name):
+    built = config.load_experiment([f"gin/{name}.gin"])[0]
+    for devices in (1, 2, 4, 8):
+        lanes = lanes_for(devices, built.train.batch_size, built.data.lanes)
+        assert lanes % devices == 0 and built.train.batch_size % lanes == 0
 
 
 def test_lanes_must_divide_by_the_devices():

@@ -79,6 +79,24 @@ def test_padding_is_cut_off_and_empty_rows_are_counted(tmp_path):
     assert load_contexts(cfg, "train", TOKENIZER, 4).left_out == {"empty_documents": 1}
 
 
+@pytest.mark.parametrize("pad", [-100, -1, 60_000])
+def test_padding_outside_the_vocabulary_is_cut_off(tmp_path, pad):
+    rows = ROWS.astype(np.int64)
+    rows[1, 10:] = pad
+    np.save(tmp_path / "a.npy", rows)
+    assert [len(x) for x in documents(tmp_path / "a.npy", pad_id=pad)][:2] == [16, 10]
+    with pytest.raises(ValueError, match=rf"id {pad} \(token 26\) is outside"):
+        documents(tmp_path / "a.npy")
+    rows[0, 0] = pad  # on the left it cannot be cut off
+    np.save(tmp_path / "a.npy", rows)
+    with pytest.raises(ValueError, match=rf"a.npy:0: Tokens.pad_id = {pad} stands before"):
+        documents(tmp_path / "a.npy", pad_id=pad)
+    rows[0, 0] = -7
+    np.save(tmp_path / "a.npy", rows)
+    with pytest.raises(ValueError, match=r"id -7 \(token 0\) is outside"):
+        documents(tmp_path / "a.npy", pad_id=pad)
+
+
 def test_limits_count_tokens(tmp_path):
     np.save(tmp_path / "a.npy", ROWS)
     source = str(tmp_path / "a.npy")
@@ -163,7 +181,7 @@ def test_a_second_bos_is_refused(tmp_path):
     [
         ({"source": ""}, "Tokens.source is empty"),
         ({"max_tokens": 0}, "Tokens.max_tokens = 0"),
-        ({"pad_id": -1}, "Tokens.pad_id = -1"),
+        ({"separator": -1}, "Tokens.separator = -1"),
         ({"min_tail": 0}, "Tokens.min_tail = 0"),
         ({"tails": "keep"}, "Tokens.tails = 'keep'"),
         ({"offsets": "a", "separator": 1}, "say the same"),

@@ -1,12 +1,15 @@
 """Models of the transformers library run by PyTorch: a decoder, an encoder, a vision tower."""
 
+import dataclasses
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 
+from saejax.data.token_arrays import TokensConfig
 from saejax.subjects import hf
+from saejax.subjects.harvest import HarvestConfig, harvest
 
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch):
@@ -123,6 +126,29 @@ def test_what_runs_more_than_once_is_no_site_and_wrong_sites_are_named(folders):
         s.capture_host(np.array([[61]]), ["encoder.layer.1"])
     with pytest.raises(ValueError, match="runs in PyTorch, outside JAX"):
         s.apply(None, ids())
+
+
+def test_a_harvest_of_text_by_a_model_in_its_own_precision(folders, tmp_path):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 61, (40, 9)))
+    cfg = HarvestConfig(
+        subject=f"torch:{folders['gpt2'][1]}",
+        site="h.1",
+        context_length=9,
+        contexts_per_shard=8,
+        dtype="bfloat16",
+        text=TokensConfig(source=str(tmp_path / "ids.npy"), held_out_percent=20.0),
+    )
+    train, _ = harvest(cfg, tmp_path / "s", str)["h.1"]
+    s = load(folders["gpt2"][1], dtype="bfloat16")
+    assert s.dtype == "bfloat16" and train.spec.subject_fingerprint == s.fingerprint
+    with pytest.raises(ValueError, match="loaded in bfloat16 and computes in it"):
+        harvest(dataclasses.replace(cfg, dtype="float32"), tmp_path / "t", str, subject=s)
+    with pytest.raises(ValueError, match="subject_shards = 2"):
+        harvest(dataclasses.replace(cfg, subject_shards=2), tmp_path / "t", str)
+    pictures = dataclasses.replace(cfg, subject=f"torch:{folders['vit'][1]}", site="layernorm")
+    with pytest.raises(ValueError, match="takes pixels, and a harvest feeds text"):
+        harvest(pictures, tmp_path / "t", str)
+    assert not (tmp_path / "t").exists()
 
 
 def test_the_pass_ends_after_the_last_site(folders):

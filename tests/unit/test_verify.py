@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,3 +82,37 @@ def test_an_array_that_its_files_do_not_show_is_named(run, capsys):
 def test_nothing_to_look_at_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither checkpoints nor activations"):
         verify(tmp_path)
+
+
+def test_where_all_steps_were_set_aside_it_is_not_sound(run, capsys):
+    for step in (1, 2):
+        (run / f"checkpoints/{step}").rename(run / f"checkpoints/{step}.damaged-1")
+    assert verify(run) == 1
+    assert "none is whole: 1.damaged-1, 2.damaged-1" in capsys.readouterr().out
+
+
+def test_an_array_that_cannot_be_read_is_a_line_and_the_rest_follows(run, capsys, monkeypatch):
+    whole = Checkpoints.array_is_sound
+
+    def read(self, step, metadata, name):
+        if step == 2 and name == "params.w_dec":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return whole(self, step, metadata, name)
+
+    monkeypatch.setattr(Checkpoints, "array_is_sound", read)
+    assert verify(run) == 1
+    out = capsys.readouterr().out
+    assert "cannot be read: RESOURCE_EXHAUSTED" in out and "checkpoint 1: " in out
+
+
+def test_a_step_that_goes_while_it_is_read_is_no_damage(run, capsys, monkeypatch):
+    whole = Checkpoints.check_files
+
+    def read(self, step):
+        if step == 1:
+            shutil.rmtree(run / "checkpoints/1")
+        return whole(self, step)
+
+    monkeypatch.setattr(Checkpoints, "check_files", read)
+    assert verify(run) == 0
+    assert "checkpoint 1" not in capsys.readouterr().out

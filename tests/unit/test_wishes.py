@@ -1,11 +1,14 @@
 """When to save and when to stop, in one process and agreed among several."""
 
+import signal
+
 import pytest
 
 from saejax import mesh as mesh_lib
+from saejax import wishes
 from saejax.checkpoint import CheckpointConfig
 from saejax.mesh import MeshShape
-from saejax.wishes import AgreedWish, Wishes
+from saejax.wishes import AgreedWish, StopSignal, Wishes
 
 
 class Clock:
@@ -17,11 +20,11 @@ class Clock:
 
 def saves(config: CheckpointConfig, seconds_a_step: float, steps: int = 12, mesh=None) -> list[int]:
     clock = Clock()
-    wishes, found = Wishes(config, lambda: False, mesh, clock), []
+    asked, found = Wishes(config, lambda: False, mesh, clock), []
     for step in range(1, steps + 1):
         clock.now += seconds_a_step
-        assert not wishes.stop()
-        if wishes.save(step):
+        assert not asked.stop()
+        if asked.save(step):
             found.append(step)
     return found
 
@@ -41,6 +44,18 @@ def test_a_save_is_due_by_steps_and_by_the_clock(every_steps, every_seconds, fou
     assert saves(config, 10.0) == found
 
 
+def test_a_repeated_sigterm_does_not_end_the_save_that_the_first_one_asked_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(wishes.time, "monotonic", lambda: now[0])
+    with StopSignal().listening() as stop:
+        assert not stop()
+        for now[0] in (10.0, 20.0, 30.0):
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+        with pytest.raises(KeyboardInterrupt):  # a person means it
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_among_several_the_clock_is_heard_a_step_later():
     config = CheckpointConfig(every_steps=None, every_seconds=30.0)
     mesh = mesh_lib.make_mesh(MeshShape(2, 4))
@@ -49,12 +64,12 @@ def test_among_several_the_clock_is_heard_a_step_later():
 
 
 def test_a_stop_outweighs_a_save():
-    asked = iter([False, True, True])
+    answers = iter([False, True, True])
     clock = Clock()
-    wishes = Wishes(CheckpointConfig(every_seconds=1.0), lambda: next(asked), None, clock)
+    asked = Wishes(CheckpointConfig(every_seconds=1.0), lambda: next(answers), None, clock)
     clock.now = 5.0
-    assert not wishes.stop() and wishes.save(1)
-    assert wishes.stop()
+    assert not asked.stop() and asked.save(1)
+    assert asked.stop()
 
 
 @pytest.mark.parametrize("shape", [MeshShape(1, 1), MeshShape(2, 4)])

@@ -7,7 +7,8 @@ where each context begins. Only its development versions write one: the package 
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,9 @@ def read(path: pathlib.Path, wanted: Wanted) -> Foreign:
     if wanted.field is not None or wanted.tokens is not None:
         raise ValueError(f"{path}: this cache has no named fields; leave out --field")
     config = read_json(path / _CONFIG)
-    files = [path / f"shard_{i}.memmap" for i in range(config["shard_count"])]
+    files = [
+        path / f"shard_{i}.memmap" for i in range(_known(config, "shard_count", path / _CONFIG))
+    ]
     shards = [_shard(file) for file in files]
     rows = _Rows(shards)
     tokens = starts = None
@@ -116,9 +119,15 @@ class _Rows:
         return found.reshape(*at.shape, self.width)
 
 
+def _known(about: Mapping[str, Any], field: str, path: pathlib.Path) -> Any:
+    if field not in about:
+        raise ValueError(f"{path} has no {field!r}: not a whole cache; write it again")
+    return about[field]
+
+
 def _shard(path: pathlib.Path) -> np.ndarray:
     about = read_json(path.with_suffix(".meta"))
-    shape = tuple(about["shape"])
+    shape = tuple(_known(about, "shape", path.with_suffix(".meta")))
     as_contexts(shape, str(path))
     name = about.get("dtype", "float32").removeprefix("torch.")
     dtype = BFLOAT16 if name == "bfloat16" else np.dtype(name)

@@ -39,11 +39,12 @@ def read(path: pathlib.Path, wanted: Wanted) -> Foreign:
     rows = _Files(path, index["files"], ROW_COLUMNS)
     names = read_json(path / DOCUMENTS)["names"]
     known = {key: spec[key] for key in _KNOWN}
+    known["lead"] = index["provenance"].get("lead", 0)
     if index["order"] == "text":
         contexts = _Files(path, index["context_files"], CONTEXT_COLUMNS)
         parts: tuple[Part, ...] = (_contexts_part(path, index, rows, contexts),)
     else:
-        known["first_position"] = 0
+        known["first_position"] = known["lead"] = 0  # each row tells its own offset
         parts = tuple(_rows_part(rows, i, index) for i in range(len(rows)))
     return Foreign(parts=parts, filtered=True, known=known, documents=tuple(names))
 

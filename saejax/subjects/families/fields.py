@@ -41,6 +41,17 @@ def number(raw: Raw, name: str, default: float | None) -> float | None:
     return float(value)
 
 
+def positive(raw: Raw, name: str, default: float) -> float:
+    """A positive number; an explicit null, with which no model could be built, is refused."""
+    value = number(raw, name, default)
+    if value is None:
+        raise ValueError(
+            f"config.json: {name} = null, a positive number is needed; without the field it is "
+            f"{default}"
+        )
+    return value
+
+
 def flag(raw: Raw, name: str, default: bool) -> bool:
     """True or false."""
     value = raw.get(name)

@@ -36,7 +36,7 @@ def _read(raw: Mapping[str, Any], given: dict, kinds: list[str], caps: tuple, **
         post_norms=True,
         biases=llama.ATTENTION if fields.flag(raw, "attention_bias", False) else (),
         windows=fields.windows(kinds, fields.whole(raw, "sliding_window", 4096)),
-        attention_scale=fields.number(raw, "query_pre_attn_scalar", 256.0) ** -0.5,
+        attention_scale=fields.positive(raw, "query_pre_attn_scalar", 256.0) ** -0.5,
         attention_cap=fields.number(raw, "attn_logit_softcapping", caps[0]),
         logit_cap=fields.number(raw, "final_logit_softcapping", caps[1]),
         embed_scale=given["d_model"] ** 0.5,

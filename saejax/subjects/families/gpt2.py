@@ -95,7 +95,7 @@ class GPT2Config:
             n_layers=raw["n_layer"],
             n_heads=raw["n_head"],
             d_mlp=fields.whole(raw, "n_inner", 4 * raw["n_embd"]),
-            epsilon=fields.number(raw, "layer_norm_epsilon", 1e-5),
+            epsilon=fields.positive(raw, "layer_norm_epsilon", 1e-5),
             activation=raw.get("activation_function", "gelu_new"),
             tied=fields.flag(raw, "tie_word_embeddings", True),
         )

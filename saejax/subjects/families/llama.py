@@ -46,7 +46,7 @@ def shape(raw: Mapping[str, Any], d_head: int | None = None, n_kv: int | None = 
         "n_kv_heads": fields.whole(raw, "num_key_value_heads", n_kv or heads),
         "d_head": fields.whole(raw, "head_dim", d_head or width // heads),
         "d_mlp": raw["intermediate_size"],
-        "epsilon": fields.number(raw, "rms_norm_eps", 1e-6),
+        "epsilon": fields.positive(raw, "rms_norm_eps", 1e-6),
     }
 
 

@@ -33,7 +33,8 @@ def read_config(raw: Mapping[str, Any]) -> Config:
             f"config.json: num_attention_heads = {heads} must divide hidden_size = {width}"
         )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    share = rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))
+    share = fields.number(rope, "partial_rotary_factor", None)
+    share = fields.positive(raw, "rotary_pct", 0.25) if share is None else share
     attention = ("q", "k", "v", "o") if fields.flag(raw, "attention_bias", True) else ()
     return Config(
         vocab_size=raw["vocab_size"],
@@ -45,7 +46,7 @@ def read_config(raw: Mapping[str, Any]) -> Config:
         d_head=width // heads,
         d_mlp=raw["intermediate_size"],
         activation=fields.activation(raw, "hidden_act", "gelu"),
-        epsilon=fields.number(raw, "layer_norm_eps", 1e-5),
+        epsilon=fields.positive(raw, "layer_norm_eps", 1e-5),
         norm="layer",
         gated=False,
         parallel=fields.flag(raw, "use_parallel_residual", True),

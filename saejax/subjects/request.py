@@ -1,0 +1,169 @@
+"""What a harvest is asked for, and the subject as it needs it."""
+
+import dataclasses
+import os
+from typing import Literal
+
+from saejax.data.corpus import TextConfig
+from saejax.data.token_arrays import IdsOnly, TokensConfig
+from saejax.subjects.base import Subject
+from saejax.subjects.filling import own_mesh
+from saejax.subjects.hf import TORCH, load_subject
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """Which activations of which subject model on which text are stored.
+
+    Attributes:
+      subject: 'embedded', a folder in the Hugging Face layout, or a hub id; 'torch:' before either
+        has PyTorch run it. It must take tokens.
+      site: where the subject is tapped; `Subject.sites()` lists the names. Of an alias the
+        canonical name is what stores and folders carry.
+      sites: further sites to store from the same forward passes. With any of them the stores of
+        each site, `site` too, are in a folder of its name. No two names of one site.
+      context_length: tokens a context, T; each gives T - 1 activations but for masked ones (BOS,
+        special tokens, padding).
+      max_norm_ratio: activations whose norm is above this multiple of the median norm of their
+        shard are left out, because a few positions of some models are hundreds of times larger
+        than the rest; None keeps them.
+      tokens: activations to store for training, before masked ones come off; None stores all of
+        the text.
+      held_out_tokens: the same for the held-out split.
+      contexts_per_shard: at most so many contexts a shard (a power of two is used: the largest
+        that leaves out no more than 5 % of the contexts). A chunk has as many rows, and a batch
+        must be a multiple or a divisor of it.
+      batch_contexts: contexts a forward pass, on each device of a process (or each group of
+        `subject_shards`).
+      subject_shards: devices that share one copy of the subject's weights; 1 for a 'torch:' one.
+      max_bytes: refuse to store more than this; None asks only for free space.
+      dtype: precision of the forward pass; what is stored is always bfloat16. The weights of a
+        'torch:' subject are held in it, too.
+      seed: seed of the permutation of contexts and of the rows' order in a shard.
+      text: the text, or token ids made elsewhere.
+    """
+
+    subject: str = "embedded"
+    site: str = "1.resid_post"
+    sites: tuple[str, ...] = ()
+    context_length: int = 64
+    tokens: int | None = None
+    held_out_tokens: int | None = None
+    max_norm_ratio: float | None = 10.0
+    contexts_per_shard: int = 1024
+    batch_contexts: int = 64
+    subject_shards: int = 1
+    max_bytes: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    text: TextConfig | TokensConfig = dataclasses.field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise ValueError(
+                f"Harvest.context_length = {self.context_length}: at least 2, because the first "
+                "position is not stored."
+            )
+        for name in ("contexts_per_shard", "batch_contexts", "subject_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Harvest.{name} = {getattr(self, name)}: must be at least 1.")
+        for name in ("tokens", "held_out_tokens", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Harvest.{name} = {value}: must be at least 1, or None.")
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 1:
+            raise ValueError(
+                f"Harvest.max_norm_ratio = {self.max_norm_ratio}: must be above 1, or None."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"Harvest.dtype = {self.dtype!r}: 'float32' or 'bfloat16'.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"Harvest.seed = {self.seed}: must be in [0, 2**63).")
+
+    @property
+    def all_sites(self) -> tuple[str, ...]:
+        """`site` and `sites`, each once."""
+        return tuple(dict.fromkeys((self.site, *self.sites)))
+
+    def folder(self, root: str | os.PathLike[str], site: str) -> str:
+        """Where the stores 'train' and 'held_out' of a site are, under the harvest's own place."""
+        root = os.fspath(root).rstrip("/")
+        return f"{root}/{site}" if len(self.all_sites) > 1 else root
+
+
+def open_subject(cfg: HarvestConfig, *, on_devices: bool = False) -> Subject:
+    """The subject of a harvest, loaded as it needs it.
+
+    Weights go to the host or, read slice by slice, to where the pass of this process will have
+    them, unless the text is so short that it takes fewer devices. Those of our own decoders are
+    held in float32 whatever `Harvest.dtype` says: they are cast in the pass, and the fingerprint
+    follows their type. PyTorch computes in the type of the weights.
+    """
+    dtype = cfg.dtype if cfg.subject.startswith(TORCH) else "float32"
+    ids_only = isinstance(cfg.text, TokensConfig)
+    mesh = None
+    if on_devices and not cfg.subject.startswith(TORCH):
+        mesh = own_mesh(cfg.subject_shards, -(-cfg.contexts_per_shard // cfg.batch_contexts))
+    return load_subject(cfg.subject, dtype=dtype, mesh=mesh, ids_only=ids_only)
+
+
+def resolve_request(cfg: HarvestConfig, subject: Subject) -> tuple[HarvestConfig, Subject]:
+    """The same request with canonical names of sites, and the subject that reads its text.
+
+    Raises:
+      ValueError: the subject has no such site, or fewer positions than a context; one site by two
+        names; a subject that reads no text; one on the host that is to run otherwise than it does.
+    """
+    subject = _reading(cfg, subject)
+    _check_host(cfg, subject)
+    names: dict[str, str] = {}
+    for site in cfg.all_sites:
+        name = subject.resolve_site(site)
+        if name in names:
+            raise ValueError(
+                f"Harvest.sites: {names[name]!r} and {site!r} are the same site of subject "
+                f"{subject.name!r}, {name}; give one of them."
+            )
+        names[name] = site
+    if cfg.context_length > subject.max_context:
+        raise ValueError(
+            f"Harvest.context_length = {cfg.context_length}: subject {subject.name!r} has "
+            f"{subject.max_context} positions; give at most that."
+        )
+    site, *sites = names
+    return dataclasses.replace(cfg, site=site, sites=tuple(sites)), subject
+
+
+def _reading(cfg: HarvestConfig, subject: Subject) -> Subject:
+    """The subject with something that reads the text, or the ids; ValueError if there is none."""
+    if getattr(subject, "takes", "tokens") != "tokens":
+        raise ValueError(
+            f"Harvest.subject = {subject.name!r} takes {subject.takes}, and a harvest feeds text: "
+            "give a subject that takes tokens. From Python, `load_subject(...).capture_host(pixels,"
+            " sites)` gives its activations, and `saejax import` makes a store of them."
+        )
+    if subject.tokenizer is not None:
+        return subject
+    if isinstance(cfg.text, TokensConfig):
+        return dataclasses.replace(subject, tokenizer=IdsOnly(subject.vocab_size))
+    raise ValueError(
+        f"Harvest.subject = {subject.name!r} was loaded without a tokenizer, so Harvest.text "
+        "cannot be encoded: load it with one, or give ids made elsewhere: Harvest.text = @Tokens()."
+    )
+
+
+def _check_host(cfg: HarvestConfig, subject: Subject) -> None:
+    """ValueError when a subject outside JAX is to be split, or computes in another precision."""
+    if isinstance(subject, Subject):
+        return
+    if cfg.subject_shards > 1:
+        raise ValueError(
+            f"Harvest.subject_shards = {cfg.subject_shards}: subject {subject.name!r} runs outside "
+            "JAX and is not split over devices; set it to 1."
+        )
+    dtype = getattr(subject, "dtype", cfg.dtype)
+    if dtype != cfg.dtype:
+        raise ValueError(
+            f"Harvest.dtype = {cfg.dtype!r}: subject {subject.name!r} was loaded in {dtype} and "
+            f"computes in it; load it with dtype={cfg.dtype!r}, or set Harvest.dtype = {dtype!r}."
+        )
