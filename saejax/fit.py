@@ -216,7 +216,6 @@ def _kept(store: Checkpoints) -> Iterator[None]:
         raise
     with watchdog.phase("save"):
         store.close()
-    watchdog.enter("start")
 
 
 @contextlib.contextmanager

@@ -183,6 +183,7 @@ class Experiment:
         config = {"json": config_json, "gin": operative_gin}
         with StopSignal().listening() as stop_requested:
             fitted = self.fit(run, source, source.batches, stop_requested, config, allow_change)
+        watchdog.enter("start")
         if fitted.stopped:
             return exits.PREEMPTED
         self.measure(run, source, fitted, operative_gin)

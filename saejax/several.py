@@ -194,6 +194,7 @@ class Several:
                 for run in runs.values():
                     stack.enter_context(run.change_accepted())
                 fitted = together(trainings, functools.partial(_batches, sources))
+        watchdog.enter("start")  # not before all of them have saved
         if any(one.stopped for one in fitted.values()):
             return exits.PREEMPTED
         for name, experiment in experiments.items():

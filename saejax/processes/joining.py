@@ -12,7 +12,7 @@ from saejax import __version__, watchdog
 from saejax.processes.barriers import gather
 from saejax.processes.losses import LostError
 from saejax.processes.preflight import differences, preflight
-from saejax.processes.settings import Settings, settings
+from saejax.processes.settings import Settings, settings, slices
 
 _UNDETECTED = (
     "SAEJAX_PROCESSES = 'auto', but JAX detects no cluster here; set it to the number of processes "
@@ -100,6 +100,12 @@ def _require_devices(found: Settings) -> None:
         wrong = [f"process {i} has {n}" for i, n in sorted(counts.items()) if n != usual]
         raise ValueError(
             f"{', '.join(wrong)} device(s), and the others {usual}; give all processes as many"
+        )
+    wanted, here = slices(os.environ), {getattr(d, "slice_index", None) for d in jax.devices()}
+    if wanted is not None and None not in here and len(here) != wanted:
+        raise ValueError(
+            f"MEGASCALE_NUM_SLICES = {wanted}, but the devices are those of {len(here)} slice(s): "
+            f"left from an earlier start? Set it to the slices of this one"
         )
 
 

@@ -46,6 +46,7 @@ def settings(env: Mapping[str, str]) -> Settings | None:
         "wait_seconds": _whole(env, "SAEJAX_WAIT_SECONDS", 1, 10**6, default="900"),
         "heartbeat_seconds": _whole(env, "SAEJAX_HEARTBEAT_SECONDS", 1, 10**6, default="60"),
     }
+    slices(env)
     if env.get("SAEJAX_PROCESSES", "").strip() == "auto":
         return Settings(**times)
     if "SAEJAX_PROCESSES" not in env:
@@ -55,6 +56,7 @@ def settings(env: Mapping[str, str]) -> Settings | None:
         return Settings(**times) if _detected(env) else None
     count = _whole(env, "SAEJAX_PROCESSES", 1, 10**6)
     if count == 1:
+        _whole(env, "SAEJAX_PROCESS_ID", 0, 0, default="0")  # one of several was told a wrong count
         return None
     coordinator = env.get("SAEJAX_COORDINATOR", "")
     place = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
@@ -70,6 +72,28 @@ def settings(env: Mapping[str, str]) -> Settings | None:
         local=_whole(env, "SAEJAX_LOCAL", 0, 1, default="0") == 1,
         **times,
     )
+
+
+def slices(env: Mapping[str, str]) -> int | None:
+    """How many TPU slices the environment says there are, or None.
+
+    Raises:
+      ValueError: the variables contradict each other. Where a start before left some of them, JAX
+        waits for slices that never come.
+    """
+    names = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+    given = {name: env[name] for name in names if env.get(name)}
+    if not given:
+        return None
+    if absent := [name for name in names if name not in given]:
+        seen = ", ".join(f"{name} = {value!r}" for name, value in given.items())
+        raise ValueError(
+            f"{seen}, but {' and '.join(absent)} not set: left from an earlier start? Set all of "
+            f"{', '.join(names)}, as GKE does, or none of them"
+        )
+    count = _whole(env, "MEGASCALE_NUM_SLICES", 1, 10**6)
+    _whole(env, "MEGASCALE_SLICE_ID", 0, count - 1)
+    return count
 
 
 def _whole(env: Mapping[str, str], name: str, least: int, most: int, default: str = "") -> int:

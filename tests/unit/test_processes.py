@@ -51,7 +51,33 @@ def test_one_process_is_alone(env):
     assert settings(env) is None
 
 
-@pytest.mark.parametrize("env", [SLURM, GKE, {"MEGASCALE_NUM_SLICES": "2"}])
+SLICES = {
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "slice0:8080",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MEGASCALE_SLICE_ID": ""}, r"MEGASCALE_NUM_SLICES = '2', but MEGASCALE_SLICE_ID not set"),
+        ({"MEGASCALE_NUM_SLICES": ""}, "but MEGASCALE_NUM_SLICES not set: left from an earlier"),
+        ({"MEGASCALE_SLICE_ID": "2"}, r"MEGASCALE_SLICE_ID = '2' must be a whole number in .0, 1"),
+        ({"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES = 'two' must be a whole number"),
+    ],
+)
+def test_slices_that_contradict_each_other_are_told(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings(SLICES | change)
+
+
+def test_a_process_of_several_that_is_told_to_be_alone_says_so():
+    with pytest.raises(ValueError, match=r"SAEJAX_PROCESS_ID = '1' must be .* in .0, 0"):
+        settings({"SAEJAX_PROCESSES": "1", "SAEJAX_PROCESS_ID": "1"})
+
+
+@pytest.mark.parametrize("env", [SLURM, GKE, SLICES])
 def test_a_cluster_is_left_to_jax(env):
     assert settings(env) == Settings()
     assert settings({"SAEJAX_PROCESSES": "auto"}) == Settings()
