@@ -46,5 +46,12 @@ def wait(name: str, future: Any) -> Any:
         if reason.startswith("NOT_FOUND"):
             raise FileNotFoundError(f"{name} is missing. {reason}") from error
         if reason.startswith(("DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE")):
-            raise CorruptStoreError(f"{name}: damaged or not as declared. {reason}") from error
+            shard = re.search(r"\(shard (\d+)", name)
+            hint = (
+                f"Delete commits/{int(shard[1]):06d}.json, and the harvest makes the shard again. "
+                if shard
+                else ""
+            )
+            text = f"{name}: damaged or not as declared. {hint}{reason}"
+            raise CorruptStoreError(text) from error
         raise ValueError(f"{name}: {reason}") from error

@@ -297,7 +297,9 @@ def test_a_store_cut_short_is_never_trained_on(command, stored, tmp_path):
     shard = tmp_path / "stores/train/acts/c/0/0"
     shard.write_bytes(shard.read_bytes()[:100])
     outcome = command(f"Stored.path = '{tmp_path}/stores'", workdir=tmp_path / "run", base=STORED)
-    assert_refused(outcome, "stores/train/acts/c/0/0 (shard 0, chunk", "damaged")
+    assert_refused(
+        outcome, "stores/train/acts/c/0/0 (shard 0, chunk", "damaged", "Delete commits/000000.json"
+    )
     assert names(tmp_path / "run") == CLAIM
 
 
