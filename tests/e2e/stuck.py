@@ -24,7 +24,7 @@ def main() -> None:
     from saejax import main as program
 
     def place() -> None:
-        from saejax import checkpoint, run, rundir
+        from saejax import checkpoint, fit, run, rundir
         from saejax.data import synthetic
 
         if PLACE == "start":
@@ -35,6 +35,8 @@ def main() -> None:
             put(checkpoint.Checkpoints, "save")
         elif PLACE == "evaluation":
             put(run.Experiment, "_measure")
+        elif PLACE == "compile":
+            fit.jit_step = lambda *args: stuck_here  # what compiles when it is first called
         elif PLACE == "step":
             whole = synthetic.Synthetic.iterate
 

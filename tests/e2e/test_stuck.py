@@ -12,7 +12,7 @@ from launch.local import environment, free_port
 from tests.e2e.test_startup import gone
 
 HERE = pathlib.Path(__file__).resolve().parent
-SECONDS = {"start": 30, "restore": 15, "step": 12, "save": 12, "evaluation": 12}
+SECONDS = {"start": 30, "restore": 15, "compile": 12, "step": 12, "save": 12, "evaluation": 12}
 SMALL = {
     "SAE.n_latents": 64,
     "SAE.k": 4,
@@ -59,6 +59,7 @@ def slow(*case):
         ("start", 1, 2),  # alone, nobody waits for the claim
         slow("restore", 0, 1),
         slow("restore", 1, 2),
+        slow("compile", 0, 1),
         ("step", 0, 1),
         ("save", 1, 2),
         slow("step", 0, 2),
