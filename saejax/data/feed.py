@@ -53,7 +53,8 @@ class Feed:
         Raises:
           ValueError: there are more or fewer of them.
         """
-        if isinstance(rows_bD, jax.Array) and rows_bD.sharding == self._sharding:
+        on_devices = isinstance(rows_bD, jax.Array)
+        if on_devices and rows_bD.sharding.is_equivalent_to(self._sharding, rows_bD.ndim):
             return rows_bD
         if len(rows_bD) != self._n_rows:
             raise ValueError(

@@ -233,3 +233,56 @@ def test_several_end_as_each_would_alone(tmp_path, stopped):
     _, said = solo.communicate(timeout=600)
     assert solo.returncode == 0, said
     assert digests(tmp_path / "all/large") == digests(tmp_path / "solo")
+
+
+STORED = {
+    "Text.max_bytes": 300_000,
+    "Harvest.tokens": 12_000,
+    "Harvest.held_out_tokens": 2000,
+    "Harvest.contexts_per_shard": 32,
+    "SAE.n_latents": 256,
+    "SAE.k": 8,
+    "Train.tokens": 256 * 24,
+    "Train.batch_size": 256,
+    "Train.sample_rows": 1024,
+    "Optimizer.warmup_steps": 10,
+    "Evaluation.pca_tokens": 1024,
+    "Evaluation.downstream_tokens": 512,
+    "Experiment.report": None,
+}
+
+
+def launched(workdir: pathlib.Path, processes: int, gin: str, bindings: dict) -> pathlib.Path:
+    """The run of so many processes, with two devices in all."""
+    command = [
+        *(sys.executable, "-m", "launch.local", f"--processes={processes}"),
+        *(f"--devices_per_process={2 // processes}", "--", f"--gin_file={gin}"),
+        f"--workdir={workdir}",
+        *(f"--gin_bindings={name} = {value!r}" for name, value in bindings.items()),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gin", "bindings"),
+    [
+        ("gin/streamed.gin", BINDINGS | {"Train.tokens": 256 * 24}),
+        ("gin/quickstart.gin", STORED),
+    ],
+)
+def test_two_processes_train_what_one_does(tmp_path, gin, bindings):
+    """Bit by bit, from a stream and from a store: each process makes or reads its own rows."""
+    two, one = (launched(tmp_path / str(n), n, gin, bindings) for n in (2, 1))
+    assert digests(two) == digests(one)
+
+
+@pytest.mark.slow
+def test_two_processes_train_several_from_one_stream(tmp_path):
+    several = {k: v for k, v in SEVERAL.items() if k not in ("Experiment.report", "SAE.n_latents")}
+    all_of_them = launched(tmp_path / "all", 2, "gin/several.gin", several)
+    solo = BINDINGS | {"Train.tokens": 256 * 24}
+    alone = launched(tmp_path / "alone", 2, "gin/streamed.gin", solo)
+    assert digests(all_of_them / "large") == digests(alone)

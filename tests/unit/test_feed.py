@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import mesh as mesh_lib
 from saejax.data.feed import Feed, check_ranges, merged, take
@@ -61,6 +61,18 @@ def test_a_process_is_told_the_rows_of_its_devices_and_puts_them_there(mine, mon
     assert shape == (16, 3) and [part.device for part in parts] == [d for d in held if d in devices]
     for part in parts:
         np.testing.assert_array_equal(part, ROWS[held[part.device][0]])
+
+
+def test_a_batch_that_is_in_its_place_stays_there():
+    """However its sharding is written: among several processes nothing else can be done with it."""
+    mesh = make_mesh(MeshShape(2, 4))
+    sharding = mesh_lib.token_sharding(mesh)
+    written = NamedSharding(mesh, PartitionSpec(*sharding.spec, *(2 - len(sharding.spec)) * [None]))
+    for same in (sharding, written):
+        batch = jax.device_put(ROWS, same)
+        assert Feed(sharding, 16).place(batch) is batch
+    elsewhere = jax.device_put(ROWS, NamedSharding(mesh, PartitionSpec()))
+    assert Feed(sharding, 16).place(elsewhere).sharding.is_equivalent_to(sharding, 2)
 
 
 def test_rows_of_another_count_are_refused():
