@@ -1,6 +1,7 @@
 """The run directory: what lies where, and the refusal to mix two runs in one."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
@@ -103,9 +104,10 @@ class RunDirectory:
                 f"give a --workdir you may write to"
             ) from error
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "free some, and run again" if full else "give a --workdir you may write to"
             raise OSError(
-                f"workdir = {self.path} cannot be written ({error.strerror or error}); "
-                f"mend that, or give another --workdir"
+                f"workdir = {self.path} cannot be written ({error.strerror or error}); {fix}"
             ) from error
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Most of the tests' time is compilation, of programs that run for milliseconds. Long runs of their
-# own processes are compiled as for users, and so are the kernels and the step again by `.ci/run`.
+# own processes are compiled as for users, and so are the kernels again by `.ci/run`.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Many tests compile the same small programs: share them between tests, workers and subprocesses.

@@ -338,7 +338,7 @@ def test_the_subject_of_imported_contexts(tmp_path, monkeypatch):
 def test_special_tokens_of_the_subject_are_not_stored(contexts, tmp_path, monkeypatch):
     tokenizer = types.SimpleNamespace(vocab_size=90, special_ids={BOS, 7, 8}, bos_id=BOS)
     subject = types.SimpleNamespace(
-        name="tiny", fingerprint="ab", tokenizer=tokenizer, width=lambda site: D
+        name="tiny", fingerprint="ab", tokenizer=tokenizer, vocab_size=90, width=lambda site: D
     )
     monkeypatch.setattr("saejax.importing.load_subject", lambda name: subject)
     store = imported(contexts[0], tmp_path, subject="x", split="train", contexts_per_shard=90)
