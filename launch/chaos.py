@@ -4,7 +4,7 @@
 
 Round after round, until the time is up, the training that follows `--` (a synthetic one by default)
 is started in a folder of its own and killed (SIGKILL), preempted (SIGTERM), paused (SIGSTOP and
-SIGCONT) and damaged (a flipped byte in its newest checkpoint, or in a store of activations) at
+SIGCONT) and damaged (a flipped bit in its newest checkpoint, or in a store of activations) at
 random, and started again, until it is done. Then the digests of all arrays of its last checkpoint
 and its metrics must be those of a quiet run. Prints how often each fault was tried; exits with 0 if
 all was as it must be, and with 1 otherwise.

@@ -142,8 +142,8 @@ class Checkpoints:
             name: {"shape": list(x.shape), "dtype": x.dtype.name, "digest": sums[name]}
             for name, x in arrays.items()
         }
-        arguments = (step, content, doubtful)
-        self._thread = threading.Thread(target=self._finish, args=arguments, daemon=True)
+        what = {"args": (step, content, doubtful), "name": f"checkpoint {step}"}
+        self._thread = threading.Thread(target=self._finish, **what, daemon=True)
         self._thread.start()
 
     def _make_writer(self) -> ocp.AsyncCheckpointer:

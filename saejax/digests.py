@@ -87,9 +87,13 @@ def _mix(h: jax.Array) -> jax.Array:
 
 
 def list_files(folder: pathlib.Path) -> list[str]:
-    """Names of all files under a folder, relative to it, in order of size and name."""
+    """Names of all files under a folder, relative to it, in order of size and name; or OSError."""
+
+    def refuse(error: OSError) -> None:  # else what cannot be listed would look like missing files
+        raise error
+
     found = []
-    for base, _, names in os.walk(folder):
+    for base, _, names in os.walk(folder, onerror=refuse):
         found += [pathlib.Path(base, name) for name in names]
     found.sort(key=lambda path: (-path.stat().st_size, path.as_posix()))
     return [path.relative_to(folder).as_posix() for path in found]

@@ -22,8 +22,8 @@ from saejax.data.foreign.formats import open_foreign, state_of
 from saejax.data.foreign.interface import FLOATS, Foreign, Part, Wanted
 from saejax.data.foreign.reading import Reader
 from saejax.data.layout import CONTEXT_STREAM, MASKED, StoreSpec, permutation, random_keys
-from saejax.data.shards import Store, committed_at, open_store
-from saejax.subjects.harvest import SPLITS, check_free_space, plan_shards
+from saejax.data.shards import Store, open_store
+from saejax.subjects.harvest import SPLITS, check_free_space, missing_at, plan_shards
 from saejax.subjects.hf import load_subject
 
 MAX_NORM_RATIO = 10.0
@@ -135,10 +135,7 @@ def import_activations(
     needed = sum(spec.bytes_per_shard * spec.n_shards for spec in specs.values())
     if cfg.max_bytes is not None and needed > cfg.max_bytes:
         raise ValueError(f"import max_bytes = {cfg.max_bytes}: the store needs {needed}")
-    missing = {
-        split: sorted(set(range(spec.n_shards)) - set(committed_at(f"{root}/{split}")))
-        for split, spec in specs.items()
-    }
+    missing = {split: missing_at(f"{root}/{split}", spec) for split, spec in specs.items()}
     # Before anything is created: a refused import leaves nothing.
     check_free_space(root, sum(specs[s].bytes_per_shard * len(missing[s]) for s in specs))
     stores = {split: open_store(f"{root}/{split}", spec, "w") for split, spec in specs.items()}

@@ -223,9 +223,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, error.strerror or str(error), str(path)
-        ) from error  # not the partial's name
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, reason, str(path)) from error  # not the partial's name
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

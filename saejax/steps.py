@@ -54,7 +54,7 @@ class StepFolders:
         """Deletes what a killed save or a killed deletion has left."""
         for name in self._names():
             if _LEFT.fullmatch(name):
-                shutil.rmtree(self.directory / name)
+                _delete(self.directory / name)
 
     def begin(self, step: int) -> pathlib.Path:
         """Makes the folder that a checkpoint is written in.
@@ -89,13 +89,7 @@ class StepFolders:
             return
         whole = self.whole()
         for step in set(whole[:-keep]) - selected(whole, keep_every):
-            doomed = self.path(step).rename(self.directory / f"{step}.removing")
-            try:
-                shutil.rmtree(doomed)
-            except (
-                OSError
-            ) as error:  # another process reads it, say; the newest is whole all the same
-                _LOG.warning("%s is deleted at the next start (%s)", doomed, error.strerror)
+            _delete(self.path(step).rename(self.directory / f"{step}.removing"))
 
     def require_space(self, state_bytes: int, keep: int | None, keep_every: int | None) -> None:
         """Raises OSError unless the disk has room for `keep` states and one in the making.
@@ -113,6 +107,13 @@ class StepFolders:
                 f"{state_bytes:,} bytes need {wanted * state_bytes:,} (Checkpoint.keep and one in "
                 f"the making); free space, give another --workdir or lower Checkpoint.keep"
             )
+
+
+def _delete(folder: pathlib.Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # another process reads it, say: no fault of what is being saved
+        _LOG.warning("%s cannot be deleted yet (%s); the next save tries again", folder, error)
 
 
 def selected(whole: list[int], every: int | None) -> set[int]:

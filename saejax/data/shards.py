@@ -39,7 +39,7 @@ from saejax.data.layout import CONTEXT_COLUMNS, FORMAT, ShardRows, StoreSpec
 from saejax.data.pending import Pending, wait
 from saejax.data.records import CorruptStoreError
 
-__all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "committed_at", "open_store"]
+__all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
 _HEADERS = ("acts/zarr.json", "contexts/zarr.json")
 _BORROWED = {"can_reference_source_data_indefinitely": True}  # the writer waits, so no copy
 _READ_AHEAD = 3  # more only costs memory
@@ -83,11 +83,6 @@ def open_store(
         if records.sha256(header) != found["sha256"][name]:
             raise CorruptStoreError(f"{files.name(name)}: damaged (checksum mismatch).")
     return Store(files, stored, *_open_arrays(files, stored, create=False))
-
-
-def committed_at(path: str | os.PathLike[str]) -> list[int]:
-    """`Store.committed` of a place where there need not be a store; nothing is created."""
-    return _open_files(path).commits()
 
 
 class Store:

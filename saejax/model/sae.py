@@ -84,6 +84,7 @@ def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field} = {value!r} must be one of {allowed}")
 
 
+# As a whole: called outside jit, each of their operations would be a program of its own.
 _encode_top_k = jax.jit(sparse.encode_top_k, static_argnums=(4, 5))
 _decode = jax.jit(sparse.decode, static_argnums=(3,))
 

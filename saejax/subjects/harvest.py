@@ -237,16 +237,20 @@ def _provenance(
     }
 
 
-def _n_committed(path: str, spec: StoreSpec) -> int:
-    """Shards that are stored at a path; ValueError when they are of another spec."""
-    try:
-        return len(open_store(path, spec).committed())
-    except FileNotFoundError:  # no store yet
-        return 0
-
-
 def _missing(store: Store) -> list[int]:
     return sorted(set(range(store.spec.n_shards)) - set(store.committed()))
+
+
+def missing_at(path: str, spec: StoreSpec) -> list[int]:
+    """Shards of a spec that a place lacks, where there need not be a store; nothing is created.
+
+    Raises:
+      ValueError: there is a store of another spec.
+    """
+    try:
+        return _missing(open_store(path, spec))
+    except FileNotFoundError:
+        return list(range(spec.n_shards))
 
 
 def check_quota(cfg: HarvestConfig, needed: int) -> None:
@@ -260,10 +264,7 @@ def check_quota(cfg: HarvestConfig, needed: int) -> None:
 
 def _check_space(root: str, specs: Mapping[str, StoreSpec], log: Log) -> None:
     """Before a store is made: one left by a refused harvest would refuse the corrected one."""
-    needed = sum(
-        spec.bytes_per_shard * (spec.n_shards - _n_committed(path, spec))
-        for path, spec in specs.items()
-    )
+    needed = sum(spec.bytes_per_shard * len(missing_at(path, spec)) for path, spec in specs.items())
     free = check_free_space(root, needed)
     if needed:
         place = "" if free is None else f", {free / 1e9:.1f} GB free"

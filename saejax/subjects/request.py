@@ -140,7 +140,7 @@ def _reading(cfg: HarvestConfig, subject: Subject) -> Subject:
         raise ValueError(
             f"Harvest.subject = {subject.name!r} takes {subject.takes}, and a harvest feeds text: "
             "give a subject that takes tokens. From Python, `load_subject(...).capture_host(pixels,"
-            " sites)` gives its activations, and `saejax import` makes a store of them."
+            " sites)` gives its activations; `python -m saejax.stores import` makes a store."
         )
     if subject.tokenizer is not None:
         return subject

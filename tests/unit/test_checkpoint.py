@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import pathlib
 import shutil
 import threading
@@ -434,6 +435,43 @@ def test_what_cannot_be_read_for_now_is_no_damage(copy, state, monkeypatch, read
         return whole(self, *args, **options)
 
     monkeypatch.setattr(pathlib.Path, reader, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        Checkpoints(copy).restore_newest(abstract_like(state), anything)
+    assert names(copy) == ["1", "2", "3"]
+
+
+def test_what_cannot_be_deleted_yet_spoils_no_save(tmp_path, state, monkeypatch, caplog):
+    """As where another process has a file of it open, on a network file system."""
+    whole, busy = shutil.rmtree, [True]
+
+    def rmtree(path, *args, **options):
+        if busy[0] and str(path).endswith("1.removing"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        whole(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    store = Checkpoints(tmp_path / "run", keep=1)
+    for step in (1, 2, 3):
+        store.save(at(state, step), {})
+        store.wait()
+    assert names(tmp_path / "run") == ["1.removing", "3"]
+    assert "1.removing cannot be deleted yet" in caplog.text
+    busy[0] = False
+    store.save(at(state, 4), {})
+    store.close()
+    assert names(tmp_path / "run") == ["4"]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_damage(copy, state, monkeypatch):
+    """A disk that fails cannot be made here: the call is replaced."""
+    whole = os.scandir
+
+    def scandir(path="."):
+        if str(path).startswith(str(copy / "3/")):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(OSError, match="Input/output error"):
         Checkpoints(copy).restore_newest(abstract_like(state), anything)
     assert names(copy) == ["1", "2", "3"]

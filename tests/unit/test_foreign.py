@@ -311,6 +311,9 @@ def test_dictionary_learning(tmp_path, dtype):
     (folder / "shard_1.memmap").write_bytes(b"1234")
     with pytest.raises(ValueError, match=r"shard_1\.memmap has 4 bytes, not the"):
         opened(folder)
+    (folder / "shard_1.meta").write_text("{}")
+    with pytest.raises(ValueError, match=r"shard_1\.meta has no 'shape': not a whole cache"):
+        opened(folder)
 
 
 @pytest.mark.parametrize("fixed", [True, False])
