@@ -87,10 +87,15 @@ def _mix(h: jax.Array) -> jax.Array:
 
 
 def list_files(folder: pathlib.Path) -> list[str]:
-    """Names of all files under a folder, relative to it, in order of size and name; or OSError."""
+    """Names of all files under a folder, relative to it, in order of size and name.
 
-    def refuse(error: OSError) -> None:  # else what cannot be listed would look like missing files
-        raise error
+    None where there is no such folder; OSError where one cannot be listed, whose files are not
+    known to be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
 
     found = []
     for base, _, names in os.walk(folder, onerror=refuse):
