@@ -1,8 +1,8 @@
 """Transposed sparse decode as k scatter-adds of whole rows.
 
 Column j of the code touches every token once, so each pass adds `[B, D]` scaled rows into the
-`[L, D]` sum. On CPU the scatter is sequential, hence deterministic, and faster than sorting the
-pairs (measured: 22 ms against 56 ms at B = 2048, D = 512, L = 16384, K = 32).
+`[L, D]` sum. On CPU the scatter is sequential, hence deterministic. (Adding latent by latent, as
+`weight_grads` does, is faster where pairs outnumber latents; attribution's rarely do.)
 """
 
 import jax

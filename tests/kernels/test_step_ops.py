@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import pallas_kernels as pk
 from pallas_kernels.topk_encode import xla as encode_xla
+from pallas_kernels.weight_grads.xla import _parts
 
 quick = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 IMPLEMENTATIONS = ["xla", "reference"]
@@ -138,6 +139,34 @@ def test_decode_loss_and_weight_grads(tokens, d, n, k, seed, implementation):
         part = np.zeros((tokens, n))
         np.put_along_axis(part, indices, np.where(kept, values, 0), 1)
         np.testing.assert_allclose(got.w_dec_LD, part.T @ want_e, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "tokens, n, k, parts",
+    [
+        (600, 1000, 2, 1),
+        (600, 1300, 2, None),  # fewer pairs than latents
+        (4000, 40_000, 30, 2),  # (latent, pair) in 32 bits for half of them
+        (4001, 40_000, 30, None),  # in parts that are not equal
+        (2048, 65_536, 32, 1),
+    ],
+)
+def test_pairs_are_summed_latent_by_latent_where_that_pays(tokens, n, k, parts):
+    assert _parts(tokens, k, n) == parts
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, n, (tokens, k)).astype(np.int32)
+    indices[:2, 0] = 0, n - 1  # the ends, of pairs and of latents
+    indices[-1] = n - 1
+    # Whole numbers: sums of them are exact in any order.
+    values, d_values = rng.integers(-4, 5, (2, tokens, k)).astype(np.float32)
+    e, x = rng.integers(-4, 5, (2, tokens, 2)).astype(np.float32)
+    got = pk.weight_grads(values, d_values, indices, e, x, n, implementation="xla")
+    want = [np.zeros((n, 2)), np.zeros((n, 2)), np.zeros(n)]
+    np.add.at(want[0], indices, values[..., None] * e[:, None])
+    np.add.at(want[1], indices, d_values[..., None] * x[:, None])
+    np.add.at(want[2], indices, d_values)
+    for one, expected in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, expected)
 
 
 def test_the_inner_products_are_of_the_residual_that_is_returned():
