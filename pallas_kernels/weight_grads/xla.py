@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import dispatch
 from pallas_kernels.pair_list import xla as pair_list
 
 # XLA on CPU runs a loop's body on one core if it is short; this many rounds of it are not.
@@ -15,8 +16,10 @@ _KEYS = 2**32
 
 def weight_grads(values_BK, d_values_BK, indices_BK, e_BD, x_BD, n: int, *, totals=None):
     """See `pallas_kernels.weight_grads.api.weight_grads`."""
-    totals = totals or _zeros((values_BK, d_values_BK), e_BD, x_BD, n)
-    parts = _parts(*indices_BK.shape, n)
+    totals = _totals(totals, (values_BK, d_values_BK), e_BD, x_BD, n)
+    # An accelerator adds a batch of rows at once; its rounds should be few.
+    on_cpu = dispatch.current_target().platform == "cpu"
+    parts = _parts(*indices_BK.shape, n) if on_cpu else None
     add = _add_columns if parts is None else _add_sorted
     if (parts or 1) == 1:
         return add(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD)
@@ -101,7 +104,7 @@ def _add_columns(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD):
 
 def weight_grads_of_pairs(pairs, d_values_P, e_BD, x_BD, n: int, *, totals=None):
     """See `pallas_kernels.weight_grads.api.weight_grads_of_pairs`."""
-    w_dec_LD, w_enc_LD, bias_L = totals or _zeros((pairs.values_P, d_values_P), e_BD, x_BD, n)
+    w_dec_LD, w_enc_LD, bias_L = _totals(totals, (pairs.values_P, d_values_P), e_BD, x_BD, n)
     where = (pairs.tokens_P, pairs.latents_P, pairs.count)
     w_dec_LD = pair_list.add_outer(w_dec_LD, pairs.values_P, *where, e_BD)
     w_enc_LD = pair_list.add_outer(w_enc_LD, d_values_P, *where, x_BD)
@@ -111,6 +114,9 @@ def weight_grads_of_pairs(pairs, d_values_P, e_BD, x_BD, n: int, *, totals=None)
     return w_dec_LD, w_enc_LD, bias_L
 
 
-def _zeros(coefficients, e_BD, x_BD, n: int):
+def _totals(totals, coefficients, e_BD, x_BD, n: int):
+    """As a plain tuple, which is what loops carry."""
+    if totals is not None:
+        return tuple(totals)
     dtype = jnp.result_type(*coefficients, e_BD, x_BD, jnp.float32)
     return (*(jnp.zeros((n, e_BD.shape[1]), dtype) for _ in range(2)), jnp.zeros(n, dtype))

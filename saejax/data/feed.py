@@ -7,6 +7,7 @@ batch, and a source produces only those.
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,20 @@ from jax.sharding import NamedSharding
 
 Ranges = Sequence[tuple[int, int]]
 """Rows of a batch: ascending, disjoint (first, last + 1)."""
+
+
+class Provenance(NamedTuple):
+    """Where every row of a batch is from: int64 `[B]` each.
+
+    Attributes:
+      context: number of the context in the text as it was packed (row of `tokens.Contexts`).
+      document: number of the document.
+      position: of the token in its context.
+    """
+
+    context: np.ndarray
+    document: np.ndarray
+    position: np.ndarray
 
 
 class Feed:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import ml_dtypes
 import numpy as np
 
-from saejax.data.feed import Ranges, check_ranges
+from saejax.data.feed import Provenance, Ranges, check_ranges
 from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_keys
 from saejax.data.pending import Pending
 from saejax.data.shards import Store
@@ -79,6 +79,26 @@ class Loader:
           ValueError: the ranges are no rows of a batch.
         """
         return _rows(self._start(step, ranges))
+
+    def next(self, state: int) -> tuple[np.ndarray, Provenance, int]:
+        """The batch of a state, where its rows are from, and the state after it.
+
+        `SiteBatches.next` is the same of a stream.
+
+        Args:
+          state: 0, or what an earlier call returned, in whatever process: a number.
+
+        Returns:
+          rows bfloat16 `[B, D]`, provenance, and the next state.
+        """
+        places_B3 = self.provenance(state)
+        shard_B, row_B, position_B = places_B3.T
+        context_B, document_B = np.empty((2, self.batch_size), np.int64)
+        for shard in np.unique(shard_B):
+            here = shard_B == shard
+            table = self.store.read_contexts(int(shard))
+            context_B[here], document_B[here] = table[row_B[here], :2].T
+        return self.batch(state), Provenance(context_B, document_B, position_B), state + 1
 
     def provenance(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
         """int64 [b, 3]: shard, context and token position of each row of `batch(step, ranges)`.

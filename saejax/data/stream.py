@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import mesh as mesh_lib
+from saejax.data.feed import Provenance
 from saejax.data.stream_plan import StreamPlan, row_order
 from saejax.data.tokens import Contexts
 
@@ -127,6 +128,16 @@ class Stream:
                 buffers = self._written(buffers, group, first, part, self.plan.rows_per_step)
             yield batch
             step += 1
+
+    def provenance(self, rows: Rows) -> Provenance:
+        """Where the rows of a batch are from, in its order; every process is told all of them."""
+        whole = mesh_lib.replicated(self._mesh)
+        context_B, position_B = (
+            np.asarray(jax.device_put(a, whole)).reshape(-1).astype(np.int64)
+            for a in (rows.context, rows.position)
+        )
+        document_B = self._contexts.document[context_B].astype(np.int64)
+        return Provenance(context_B, document_B, position_B)
 
     def sample_rows(self, n: int, site: str) -> np.ndarray:
         """bfloat16 `[n, D]` for statistics: rows of the first groups, in every process alike.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import mesh as mesh_lib
-from saejax.data.feed import Ranges
+from saejax.data.feed import Provenance, Ranges
 from saejax.data.stream import Stream, usable_positions
 from saejax.data.stream_plan import StreamPlan, contexts_for, lanes_for
 from saejax.subjects.base import Subject
@@ -71,6 +71,26 @@ class SiteBatches:
         """Reads a site that the stream captures."""
         self.stream, self.site, self.d_model = stream, site, d_model
         self.batch_size, self.tokens_per_epoch = stream.batch_size, stream.tokens_per_epoch
+        self._follows: tuple[int, Iterator] | None = None
+
+    def next(self, state: int) -> tuple[jax.Array, Provenance, int]:
+        """The batch of a state, where its rows are from, and the state after it.
+
+        `Loader.next` is the same of a store. Every process of the mesh must call it alike.
+
+        Args:
+          state: 0, or what an earlier call returned, in whatever process: a number. Any but the
+            one that follows costs the forward passes that fill the buffers.
+
+        Returns:
+          rows bfloat16 `[B, D]` on the devices, provenance of all, and the next state.
+        """
+        follows, batches = self._follows or (None, None)
+        if follows != state:
+            batches = self.stream.iterate(state)
+        rows_BD, rows = next(batches)[self.site]
+        self._follows = state + 1, batches
+        return rows_BD, self.stream.provenance(rows), state + 1
 
     def iterate(self, start_step: int = 0, ranges: Ranges | None = None) -> Iterator[jax.Array]:
         """Batches `[B, D]` on the devices, from `start_step` on, without end."""

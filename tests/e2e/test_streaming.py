@@ -18,11 +18,12 @@ import saejax
 from saejax import mesh as mesh_lib
 from saejax.checkpoint import Checkpoints
 from saejax.data.corpus import TextConfig
+from saejax.data.loader import Loader
 from saejax.model.sae import SAEConfig
 from saejax.sources import open_source, open_streams
-from saejax.subjects.harvest import HarvestConfig, read_contexts
+from saejax.subjects.harvest import HarvestConfig, harvest, read_contexts
 from saejax.subjects.hf import load_subject
-from saejax.subjects.streaming import StreamConfig, open_stream
+from saejax.subjects.streaming import SiteBatches, StreamConfig, open_stream
 from saejax.train.loop import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -68,6 +69,29 @@ def test_rows_are_the_subjects_activations_at_their_provenance(config, subject):
             got = np.asarray(rows_BD[:5], np.float32)
             np.testing.assert_allclose(got, expected, rtol=2**-7, atol=1e-3 * abs(expected).max())
             assert (where[1] >= 1).all()
+
+
+def test_store_and_stream_are_read_alike(config, subject, tmp_path):
+    stream, _ = open_stream(config, subject, [SITE], 64, mesh_of(4))
+    store, _ = harvest(config.held_out, tmp_path, subject=subject)[SITE]
+    contexts = read_contexts(config.harvest, subject, "train")
+    for source in (Loader(store, 64), SiteBatches(stream, SITE, 192)):
+        whole, state, seen = list(itertools.islice(source.iterate(), 9)), 0, set()
+        for batch in whole:
+            rows_BD, where, state = source.next(state)
+            np.testing.assert_array_equal(np.asarray(rows_BD), np.asarray(batch))
+            np.testing.assert_array_equal(where.document, contexts.document[where.context])
+            assert all(field.dtype == np.int64 and field.shape == (64,) for field in where)
+            seen |= set(zip(where.context.tolist(), where.position.tolist(), strict=True))
+        assert len(seen) == 9 * 64  # within an epoch no row comes twice
+        acts = subject.capture_host(contexts.tokens[where.context[:5]].astype(np.int32), [SITE])
+        expected = acts[SITE][np.arange(5), where.position[:5]]
+        got, near = np.asarray(rows_BD[:5], np.float32), 1e-3 * abs(expected).max()
+        np.testing.assert_allclose(got, expected, rtol=2**-7, atol=near)
+        for step in (3, 7, 8):  # to any state, and on from there
+            rows_BD, _, state = source.next(step)
+            assert state == step + 1
+            np.testing.assert_array_equal(np.asarray(rows_BD), np.asarray(whole[step]))
 
 
 @pytest.mark.parametrize("devices, shards", [(4, 1), (4, 2)])

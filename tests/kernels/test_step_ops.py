@@ -160,13 +160,18 @@ def test_pairs_are_summed_latent_by_latent_where_that_pays(tokens, n, k, parts):
     # Whole numbers: sums of them are exact in any order.
     values, d_values = rng.integers(-4, 5, (2, tokens, k)).astype(np.float32)
     e, x = rng.integers(-4, 5, (2, tokens, 2)).astype(np.float32)
-    got = pk.weight_grads(values, d_values, indices, e, x, n, implementation="xla")
-    want = [np.zeros((n, 2)), np.zeros((n, 2)), np.zeros(n)]
+    want = [rng.integers(-4, 5, shape).astype(np.float32) for shape in ((n, 2), (n, 2), n)]
+    totals = pk.WeightGrads(*map(jnp.array, want))
+    arrays = (values, d_values, indices, e, x, n)
+    got = jax.jit(lambda: pk.weight_grads(*arrays, totals=totals, implementation="xla"))()
     np.add.at(want[0], indices, values[..., None] * e[:, None])
     np.add.at(want[1], indices, d_values[..., None] * x[:, None])
     np.add.at(want[2], indices, d_values)
     for one, expected in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, expected)
+    with pk.target("gpu", "NVIDIA A100"):  # its XLA adds whole batches at once
+        program = jax.make_jaxpr(lambda: pk.weight_grads(*arrays, implementation="xla"))()
+    assert "sort[" not in str(program)
 
 
 def test_the_inner_products_are_of_the_residual_that_is_returned():
