@@ -20,21 +20,23 @@ import numpy as np
 
 from saejax.checkpoint import CheckpointConfig
 from saejax.data.feed import Ranges, check_ranges, take
-from saejax.data.layout import CONTEXT_STREAM, permutation
+from saejax.data.layout import CONTEXT_STREAM, permutation, random_keys
 from saejax.data.loader import Loader, LoaderConfig
 from saejax.data.shards import Store, open_store
-from saejax.data.stream_plan import StreamPlan
+from saejax.data.stream_plan import ROW_STREAM, StreamPlan
 from saejax.evals.suite import reconstruct
 from saejax.fit import fit
 from saejax.model.sae import SAEConfig
 from saejax.recipe import Recipe
 from saejax.sources import contexts_of
+from saejax.subjects.harvest import HarvestConfig
 from saejax.train.loop import TrainConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 
 _EXACT_STREAM = 9
 _BUFFERS = (16, 64)
+_GROUP_CONTEXTS = HarvestConfig.batch_contexts
 _EVALUATED_AT_ONCE = 4096
 
 
@@ -94,8 +96,14 @@ def contexts_permuted(context_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def through_swap_buffer(context_N: np.ndarray, batch_size: int, batches: int, seed: int):
-    """The order in which `data.stream` gives rows, with one lane and no row left out."""
+    """The order in which `data.stream` gives rows, with one lane and no row left out.
+
+    The rows of the contexts that share a forward pass enter the buffer in random order.
+    """
     source = contexts_permuted(context_N, seed)
+    contexts = np.cumsum(np.diff(context_N[source], prepend=-1) != 0) - 1
+    keys = random_keys((len(source),), seed, ROW_STREAM, 0)
+    source = source[np.lexsort((keys, contexts // _GROUP_CONTEXTS))]
     plan = StreamPlan(
         n_contexts=1,
         kept=np.array([len(source)]),

@@ -21,6 +21,7 @@ from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_k
 from saejax.data.pending import Pending
 from saejax.data.shards import Store
 
+_SHARDS_KEPT = 256
 _ORDERS_KEPT = 2  # the end of an epoch and the beginning of the next
 
 
@@ -70,6 +71,7 @@ class Loader:
         self.wait_seconds = 0.0
         self._cfg = cfg or LoaderConfig()
         self._orders: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._of_shard: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._recent: collections.OrderedDict[tuple[int, int], Pending] = collections.OrderedDict()
 
     def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
@@ -80,25 +82,25 @@ class Loader:
         """
         return _rows(self._start(step, ranges))
 
-    def next(self, state: int) -> tuple[np.ndarray, Provenance, int]:
+    def next(self, state: int, ranges: Ranges | None = None) -> tuple[np.ndarray, Provenance, int]:
         """The batch of a state, where its rows are from, and the state after it.
 
-        `SiteBatches.next` is the same of a stream.
+        `SiteBatches.next` is the same of a stream. `iterate` also reads ahead.
 
         Args:
           state: 0, or what an earlier call returned, in whatever process: a number.
+          ranges: rows of the batch, all by default; only those are read.
 
         Returns:
-          rows bfloat16 `[B, D]`, provenance, and the next state.
+          rows bfloat16 `[b, D]`, provenance of these, and the next state.
         """
-        places_B3 = self.provenance(state)
-        shard_B, row_B, position_B = places_B3.T
-        context_B, document_B = np.empty((2, self.batch_size), np.int64)
-        for shard in np.unique(shard_B):
-            here = shard_B == shard
-            table = self.store.read_contexts(int(shard))
-            context_B[here], document_B[here] = table[row_B[here], :2].T
-        return self.batch(state), Provenance(context_B, document_B, position_B), state + 1
+        reads = self._start(state, ranges)
+        shard_b, row_b, position_b = self.provenance(state, ranges).T
+        context_b, document_b = np.empty((2, len(shard_b)), np.int64)
+        for shard in np.unique(shard_b):
+            here = shard_b == shard
+            context_b[here], document_b[here] = self._origins(int(shard))[row_b[here]].T
+        return _rows(reads), Provenance(context_b, document_b, position_b), state + 1
 
     def provenance(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
         """int64 [b, 3]: shard, context and token position of each row of `batch(step, ranges)`.
@@ -173,6 +175,14 @@ class Loader:
             while len(self._orders) > _ORDERS_KEPT:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+    def _origins(self, shard: int) -> np.ndarray:
+        """uint32 `[C, 2]`: context and document of each row of `store.read_contexts(shard)`."""
+        if shard not in self._of_shard:
+            self._of_shard[shard] = self.store.read_contexts(shard)[:, :2].copy()
+            while len(self._of_shard) > _SHARDS_KEPT:
+                self._of_shard.popitem(last=False)
+        return self._of_shard[shard]
 
     def _start(self, step: int, ranges: Ranges | None) -> list[tuple[Pending, int, int]]:
         return [(self._read(s, c, b - a), a, b) for s, c, a, b in self._pieces(step, ranges)]

@@ -102,6 +102,8 @@ class Stream:
         self._sharding = mesh_lib.token_sharding(mesh)
         self._unchecked: collections.deque = collections.deque()
         self.outliers: collections.Counter[str] = collections.Counter()
+        self._at: tuple[int, Any] | None = None  # the latest of `at`
+        self._after: tuple[int, Iterator] | None = None  # and what goes on behind it
         self._counted = -1  # groups are harvested again after a restart, but counted once
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, tuple[jax.Array, Rows]]]:
@@ -128,6 +130,27 @@ class Stream:
                 buffers = self._written(buffers, group, first, part, self.plan.rows_per_step)
             yield batch
             step += 1
+
+    def at(self, step: int) -> dict[str, tuple[jax.Array, Rows]]:
+        """One batch of `iterate`.
+
+        The one asked for before and the one behind that are at hand; any other costs the forward
+        passes that fill the buffers.
+
+        Raises:
+          ValueError: the step is negative; an activation is not finite.
+        """
+        if step < 0:
+            raise ValueError(f"step = {step}: must be 0 or more.")
+        if self._at is None or self._at[0] != step:
+            (follows, batches), self._at, self._after = self._after or (None, None), None, None
+            if follows != step:
+                if batches is not None:
+                    batches.close()  # or two sets of buffers were held
+                batches = self.iterate(step)
+            self._at = step, next(batches)
+            self._after = step + 1, batches
+        return self._at[1]
 
     def provenance(self, rows: Rows) -> Provenance:
         """Where the rows of a batch are from, in its order; every process is told all of them."""
@@ -183,7 +206,7 @@ class Stream:
         ids_LG = plan.contexts[plan.group(number)]
         shape = (plan.lanes * plan.group_contexts, -1)
         tokens = self._contexts.tokens[ids_LG].reshape(shape).astype(np.int32)
-        order_LP, count_L = row_order(self._keep[ids_LG], plan.seed, plan.group(number))
+        order_LP, count_L = row_order(self._keep[ids_LG], plan.seed, number)
         placed = [self._placed(a) for a in (tokens, ids_LG, order_LP, count_L[:, None])]
         rows, outliers, bad = self._harvest(self._params, *placed)
         self._unchecked.append((number, outliers, bad))

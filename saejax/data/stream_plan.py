@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from saejax.data.layout import CONTEXT_STREAM, permutation, random_keys
 
 GROUP_STREAM, ROW_STREAM, SLOT_STREAM = 5, 6, 7
 _ROUNDS_KEPT = 4
+_LANES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,19 +151,20 @@ def contexts_for(kept: np.ndarray, tokens: int | None, seed: int) -> int:
     return min(len(kept), int(np.searchsorted(rows, tokens)) + 1)
 
 
-def row_order(keep_LGT: np.ndarray, seed: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+def row_order(keep_LGT: np.ndarray, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """int32 `[lanes, G * T]` the kept rows of each lane in a random order, then the others; counts.
 
-    Rows are numbered c * T + t.
+    Rows are numbered c * T + t. The order is drawn for the place in the stream, so that the rows
+    beyond those which every lane can give are others in every epoch.
     """
     keep_LP = keep_LGT.reshape(len(keep_LGT), -1)
-    keys = random_keys(keep_LP.shape, seed, ROW_STREAM, group)
+    keys = random_keys(keep_LP.shape, seed, ROW_STREAM, number)
     order = np.lexsort((keys, ~keep_LP), axis=1)
     return order.astype(np.int32), keep_LP.sum(1, dtype=np.int32)
 
 
 def lanes_for(devices: int, batch_size: int, wanted: int | None) -> int:
-    """`wanted`, or as many lanes as there are devices.
+    """`wanted`, or a number that other devices may share too: a run may be continued on them.
 
     Raises:
       ValueError: the batch does not divide by the devices.
@@ -173,4 +176,5 @@ def lanes_for(devices: int, batch_size: int, wanted: int | None) -> int:
             f"Train.batch_size = {batch_size} does not divide by the {devices} devices that a "
             "stream deals its lanes out to; set Stream.lanes or another batch size."
         )
-    return devices
+    shared = math.lcm(devices, _LANES)
+    return devices if batch_size % shared else shared

@@ -30,7 +30,8 @@ class StreamConfig:
         text; `Harvest.held_out_tokens` is 1,000,000 where it is None. `Harvest.batch_contexts` is
         the number of contexts of a lane in one forward pass.
       lanes: parts of every batch with contexts and a buffer of their own; the sequence of batches
-        depends on it, not on the devices, whose number must divide it. None: one a device.
+        depends on it, not on the devices, whose number must divide it. None: the least common
+        multiple of 8 and the devices, or one a device where the batch does not divide by that.
       buffer_batches: batches that the swap buffers hold together. Batches of 16 buffered ones and
         more were as good as an exact shuffle in our measurements.
     """
@@ -71,25 +72,23 @@ class SiteBatches:
         """Reads a site that the stream captures."""
         self.stream, self.site, self.d_model = stream, site, d_model
         self.batch_size, self.tokens_per_epoch = stream.batch_size, stream.tokens_per_epoch
-        self._follows: tuple[int, Iterator] | None = None
 
-    def next(self, state: int) -> tuple[jax.Array, Provenance, int]:
+    def next(self, state: int, ranges: Ranges | None = None) -> tuple[jax.Array, Provenance, int]:
         """The batch of a state, where its rows are from, and the state after it.
 
-        `Loader.next` is the same of a store. Every process of the mesh must call it alike.
+        `Loader.next` is the same of a store. Every process of the mesh must call it alike; the
+        sites of a stream share its forward passes if they are asked for the same state in turn.
 
         Args:
-          state: 0, or what an earlier call returned, in whatever process: a number. Any but the
-            one that follows costs the forward passes that fill the buffers.
+          state: 0, or what an earlier call returned, in whatever process: a number. See
+            `Stream.at` for what a jump costs.
+          ranges: of no matter, because the rows are where they belong already.
 
         Returns:
           rows bfloat16 `[B, D]` on the devices, provenance of all, and the next state.
         """
-        follows, batches = self._follows or (None, None)
-        if follows != state:
-            batches = self.stream.iterate(state)
-        rows_BD, rows = next(batches)[self.site]
-        self._follows = state + 1, batches
+        del ranges
+        rows_BD, rows = self.stream.at(state)[self.site]
         return rows_BD, self.stream.provenance(rows), state + 1
 
     def iterate(self, start_step: int = 0, ranges: Ranges | None = None) -> Iterator[jax.Array]:

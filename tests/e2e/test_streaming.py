@@ -88,6 +88,8 @@ def test_store_and_stream_are_read_alike(config, subject, tmp_path):
         expected = acts[SITE][np.arange(5), where.position[:5]]
         got, near = np.asarray(rows_BD[:5], np.float32), 1e-3 * abs(expected).max()
         np.testing.assert_allclose(got, expected, rtol=2**-7, atol=near)
+        with pytest.raises(ValueError, match="-1: must be 0 or more"):
+            source.next(-1)
         for step in (3, 7, 8):  # to any state, and on from there
             rows_BD, _, state = source.next(step)
             assert state == step + 1

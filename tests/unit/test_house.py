@@ -83,7 +83,8 @@ PARTS = {
     "api": MEASURING | STAGES | {"run", "processes"},
     "lockstep": {"data"},
     "several": MEASURING | STAGES | {"exits", "lockstep", "processes", "run", "watchdog"},
-    "orders": {"checkpoint", "data", "evals", "fit", "model", "recipe", "sources", "train"},
+    "orders": {"checkpoint", "data", "evals", "fit", "model", "recipe", "sources"}
+    | {"subjects", "train"},
     "importing": {"data", "subjects"},
     "stores": {"data", "subjects", "importing"},
     "truncation": {"data", "evals", "loading", "rundir", "sources"},

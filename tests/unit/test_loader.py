@@ -35,7 +35,7 @@ def make(path, spec=SPEC):
         acts = np.stack([np.full_like(slots, shard), slots, positions], -1).astype(np.float32)
         ids = shard * CONTEXTS + np.arange(CONTEXTS)
         tokens = np.zeros((CONTEXTS, ROWS + 1), np.uint16)
-        store.write_shard(shard, acts, tokens=tokens, context=ids, document=ids, offset=ids)
+        store.write_shard(shard, acts, tokens=tokens, context=ids, document=ids + 1000, offset=ids)
     store.finish()
     return store
 
@@ -65,6 +65,25 @@ def test_provenance_names_the_row(store, size):
     for step in range(TOTAL // size + 2):
         where = batches.provenance(step)
         np.testing.assert_array_equal(where, batches.batch(step).astype(np.int64))
+
+
+@pytest.mark.parametrize("size", [4, 48])
+def test_a_state_gives_rows_their_provenance_and_the_next_state(store, size):
+    batches, state, tables = (
+        loader(store, size),
+        0,
+        [store.read_contexts(i) for i in range(N_SHARDS)],
+    )
+    for step in range(TOTAL // size + 2):  # into the second epoch
+        rows, where, state = batches.next(state)
+        assert state == step + 1
+        np.testing.assert_array_equal(rows, batches.batch(step))
+        shard, context, position = batches.provenance(step).T
+        table = np.array([tables[s][c, :2] for s, c in zip(shard, context, strict=True)])
+        np.testing.assert_array_equal(where, (table[:, 0], table[:, 1], position))
+    part, some, _ = batches.next(2, [(1, 3)])
+    np.testing.assert_array_equal(part, batches.batch(2)[1:3])
+    np.testing.assert_array_equal(some, [field[1:3] for field in batches.next(2)[1]])
 
 
 @pytest.mark.parametrize("size", [4, 16, 48])

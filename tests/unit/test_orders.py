@@ -58,7 +58,17 @@ def test_a_swap_buffer_takes_each_row_once_and_delays_it_by_two_rounds_at_most()
     order = orders.through_swap_buffer(context, batch_size=10, batches=4, seed=1)
     assert len(order) == 400 and len(set(order.tolist())) == 400
     entered = np.argsort(orders.contexts_permuted(context, 1))[order]
-    assert (abs(np.arange(400) - entered) < 2 * 40).all() and (np.diff(entered) < 0).any()
+    # Contexts of one forward pass, 64 by default, are mixed before.
+    assert (abs(np.arange(400) - entered) < 64 + 2 * 40).all() and (np.diff(entered) < 0).any()
+
+
+def test_rows_of_a_context_enter_the_buffer_apart():
+    context = np.repeat(np.arange(200), 8)
+    order = orders.through_swap_buffer(context, batch_size=2, batches=1, seed=1)
+    neighbours = np.mean(context[order][1:] == context[order][:-1])
+    assert neighbours < 0.05
+    whole = context[orders.contexts_permuted(context, seed=1)]
+    assert np.mean(whole[1:] == whole[:-1]) > 0.8
 
 
 def test_the_command_prints_a_line_an_order(activations, monkeypatch, capsys):

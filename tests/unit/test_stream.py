@@ -77,7 +77,7 @@ def plain(stream: Stream, steps: int):
     number = 0
     while len(rows[0]) < needed:
         group = plan.group(number)
-        keys = random_keys((plan.lanes, plan.group_contexts * T), plan.seed, ROW_STREAM, group)
+        keys = random_keys((plan.lanes, plan.group_contexts * T), plan.seed, ROW_STREAM, number)
         for lane in range(plan.lanes):
             ids = plan.contexts[group, lane]
             kept = [(keys[lane, c * T + t], ids[c], t) for c in range(len(ids)) for t in range(T)
@@ -144,6 +144,39 @@ def test_an_epoch_gives_every_row_once():
     assert sorted(first) == sorted(second) == [0, 1, 2, 3]
     orders = {tuple(plan.group(4 * epoch + i) for i in range(4)) for epoch in range(8)}
     assert len(orders) > 1
+
+
+def test_rows_that_one_epoch_leaves_out_come_in_another():
+    contexts = contexts_of(24, masked=0.4)
+    stream = make(contexts, lanes=2, batch=4, group=3, buffer=1)
+    plan, usable = stream.plan, set(zip(*np.nonzero(contexts.keep), strict=True))
+    assert plan.rows_per_epoch < len(usable)
+    steps = 12 * plan.rows_per_epoch // 4
+    seen = [row for batch in plain(stream, steps) for row in batch]
+    assert set(seen) == usable
+    got = taken(stream, steps - 1, 1)[0]["a"][1]
+    assert list(zip(got.context.flat, got.position.flat, strict=True)) == seen[-4:]
+
+
+def test_any_batch_can_be_asked_for():
+    stream, whole = make(contexts_of(60)), taken(make(contexts_of(60)), 0, 9)
+    passes, once = [], stream._harvested
+    stream._harvested = lambda number: passes.append(number) or once(number)
+    for step in (0, 0, 1, 2, 2, 7, 8, 3):
+        before = len(passes)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(stream.at(step)), whole[step])
+        if step in (1, 2, 8):
+            assert len(passes) <= before + 1  # no buffer is filled anew
+    where = stream.provenance(stream.at(3)["b"][1])
+    np.testing.assert_array_equal(where.context, whole[3]["b"][1].context.reshape(-1))
+    np.testing.assert_array_equal(where.document, where.context // 3)
+    with pytest.raises(ValueError, match="step = -1: must be 0 or more"):
+        stream.at(-1)
+    stream._params = jnp.float32(np.nan)
+    for _ in range(2):  # the second finds no generator that has ended
+        with pytest.raises(ValueError, match="activations at site 'a' are NaN"):
+            for step in range(20, 40):
+                stream.at(step)
 
 
 def test_masked_positions_never_come():
@@ -215,7 +248,9 @@ def test_a_bounded_epoch_is_drawn_from_all_of_the_text():
 
 
 def test_lanes_follow_the_devices():
-    assert lanes_for(8, 64, None) == 8 and lanes_for(8, 64, 16) == 16
+    assert [lanes_for(devices, 64, None) for devices in (1, 2, 4, 8, 16)] == [8, 8, 8, 8, 16]
+    assert lanes_for(3, 48, None) == 24 and lanes_for(4, 12, None) == 4
+    assert lanes_for(8, 64, 16) == 16
     with pytest.raises(ValueError, match="does not divide by the 8 devices"):
         lanes_for(8, 60, None)
 
