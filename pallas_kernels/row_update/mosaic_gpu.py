@@ -18,6 +18,7 @@ WIDEST = 12288  # entries of a row: 96 registers of gradient to a thread, of 255
 _ROWS_PER_BLOCK = 4
 _CHUNKS_TOGETHER = 4  # read before the first of them is written
 _EARLY = 1024  # rows up to here are read while their gradient is being summed up
+_HELD = 8192  # new rows up to here stay in registers until their norm is known
 
 
 class State(NamedTuple):
@@ -184,7 +185,31 @@ def update_row(
 
 def _write(g, old: Old, state: State, copy_LD, row, rates: Rates, settings, spans) -> None:
     """The new state of one row whose gradient, projected, is g."""
-    w = []
+    held = sum(chunk.size for chunk in g) <= _HELD
+    w = _moved(g, old, state, row, rates, settings, spans)
+    w = list(w) if held else w
+    if settings.unit_norm:
+        norm = jnp.sqrt(gpu_rows.total(chunk * chunk for chunk in _stored(w, state, row, held)))
+        inverse = 1 / jnp.where(norm > 0, norm, 1.0)
+        w = w if held else (gpu_rows.load_chunk(state.w_LD, row, *span) for _, span in spans)
+        w = (inverse * chunk for chunk in w)
+    w = iter(w)
+    together = len(spans) if held else _CHUNKS_TOGETHER
+    for at in range(0, len(spans), together):
+        some = [span for _, span in spans[at : at + together]]
+        new = tuple(next(w) for _ in some)
+        if state.ema_LD is not None:
+            before = [old.chunk("ema_LD", at + i, span) for i, span in enumerate(some)]
+            decay = settings.ema_decay
+            averages = (decay * a + (1 - decay) * chunk for a, chunk in zip(before, new))
+            gpu_rows.store(state.ema_LD, row, some[0][0], tuple(averages))
+        for ref in (state.w_LD, copy_LD):
+            if ref is not None:
+                gpu_rows.store(ref, row, some[0][0], new)
+
+
+def _moved(g, old: Old, state: State, row, rates: Rates, settings, spans):
+    """Yields the row after Adam's step, chunk by chunk, and writes its moments."""
     for at in range(0, len(g), _CHUNKS_TOGETHER):
         some = spans[at : at + _CHUNKS_TOGETHER]
         # All reads first: a write holds up the reads behind it.
@@ -196,17 +221,17 @@ def _write(g, old: Old, state: State, copy_LD, row, rates: Rates, settings, span
             gpu_rows.store(state.mu_LD, row, start, (mu,))
             gpu_rows.store(state.nu_LD, row, start, (nu,))
             spread = jnp.sqrt(rates.correct_nu * nu) + settings.epsilon
-            w.append(w_old - (rates.learning_rate * rates.correct_mu) * mu / spread)
-    if settings.unit_norm:
-        norm = jnp.sqrt(gpu_rows.total(chunk * chunk for chunk in w))
-        inverse = 1 / jnp.where(norm > 0, norm, 1.0)
-        w = [inverse * chunk for chunk in w]
-    averages = [] if state.ema_LD is None else [old.chunk("ema_LD", *span) for span in spans]
-    decay = settings.ema_decay
-    averages = [decay * a + (1 - decay) * chunk for a, chunk in zip(averages, w)]
-    for ref, chunks in ((state.w_LD, w), (copy_LD, w), (state.ema_LD, averages)):
-        if ref is not None:
-            gpu_rows.store(ref, row, 0, tuple(chunks))
+            yield w_old - (rates.learning_rate * rates.correct_mu) * mu / spread
+
+
+def _stored(w, state: State, row, held: bool):
+    """The same chunks; written first where registers do not hold them until they are needed."""
+    start = 0
+    for chunk in w:
+        if not held:
+            gpu_rows.store(state.w_LD, row, start, (chunk,))
+        start += chunk.size
+        yield chunk
 
 
 def _project(g, old: Old, spans) -> gpu_rows.Row:

@@ -13,6 +13,7 @@ from pallas_kernels.decode_loss.api import decode_loss
 from pallas_kernels.dense_sparse_matmul.vjp import dense_sparse_matmul
 from pallas_kernels.matmul_at_sparse_indices.vjp import matmul_at_sparse_indices
 from pallas_kernels.pair_list.pairs import Pairs
+from pallas_kernels.row_update import mosaic_gpu as update_kernel
 from pallas_kernels.row_update.api import RowScalars, RowSettings, row_update
 from pallas_kernels.weight_grads import mosaic_gpu as grads_kernel
 from pallas_kernels.weight_grads import segments
@@ -143,21 +144,39 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(
-    "n, d, settings, copy_dtype",
+    "n, d, settings, copy_dtype, accept",
     [
-        (5, 384, DECODER, BF16),  # chunks of two sizes; no multiple of a block's rows
-        (3, 128, RowSettings(**ADAM), None),
-        (1, 2560, RowSettings(**ADAM, project=True), F32),  # more chunks than are read together
+        (5, 384, DECODER, BF16, None),  # chunks of two sizes; no multiple of a block's rows
+        (5, 384, DECODER, BF16, False),
+        (3, 128, RowSettings(**ADAM), None, True),
+        (1, 2560, RowSettings(**ADAM, project=True), F32, None),  # more chunks than read together
     ],
 )
-def test_row_update(n, d, settings, copy_dtype):
+def test_row_update(n, d, settings, copy_dtype, accept):
     rng = np.random.default_rng(3)
     state = rows(rng, n, d, settings)
     g = jnp.asarray(rng.normal(size=(n, d)), F32).at[0].set(0)
-    args = (state.w_LD, g, state.mu_LD, state.nu_LD, state.ema_LD, SCALARS)
+    scalars = SCALARS._replace(accept=None if accept is None else jnp.asarray(accept))
+    args = (state.w_LD, g, state.mu_LD, state.nu_LD, state.ema_LD, scalars)
     call = functools.partial(row_update, settings=settings, copy_dtype=copy_dtype)
     assert_close(interpreted(call, *args), call(*args, implementation="reference"))
     assert np.isfinite(state.w_LD).all(), "the caller's array is untouched"
+
+
+def test_a_wide_row_waits_for_its_norm_in_memory(monkeypatch):
+    """As a narrow one in registers, to the bit: the same products in the same order."""
+    rng = np.random.default_rng(3)
+    state = rows(rng, 5, 384, DECODER)
+    g = jnp.asarray(rng.normal(size=(5, 384)), F32)
+    args = (state.w_LD, g, state.mu_LD, state.nu_LD, state.ema_LD, SCALARS)
+    call = functools.partial(row_update, settings=DECODER, copy_dtype=BF16)
+    once, stores = update_kernel.gpu_rows.store, []
+    monkeypatch.setattr(update_kernel.gpu_rows, "store", lambda *a: (stores.append(a), once(*a))[1])
+    held = interpreted(call, *args)
+    n_held, stores[:] = len(stores), []
+    monkeypatch.setattr(update_kernel, "_HELD", 256)
+    jax.tree.map(np.testing.assert_array_equal, interpreted(call, *args), held)
+    assert len(stores) > n_held
 
 
 @pytest.mark.usefixtures("small_steps")
