@@ -278,17 +278,20 @@ STORED = {
 }
 
 
-def launched(workdir: pathlib.Path, processes: int, gin: str, bindings: dict) -> pathlib.Path:
-    """The run of so many processes, with two devices in all."""
-    command = [
+def command_of(workdir: pathlib.Path, processes: int, gin: str, bindings: dict) -> list[str]:
+    """Starts the run in so many processes, with two devices in all."""
+    return [
         *(sys.executable, "-m", "launch.local", f"--processes={processes}"),
         *(f"--devices_per_process={2 // processes}", "--", f"--gin_file={gin}"),
         f"--workdir={workdir}",
         *(f"--gin_bindings={name} = {value!r}" for name, value in bindings.items()),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def launched(*what) -> pathlib.Path:
+    done = subprocess.run(command_of(*what), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return workdir
+    return what[0]
 
 
 @pytest.mark.slow
@@ -300,9 +303,22 @@ def launched(workdir: pathlib.Path, processes: int, gin: str, bindings: dict) ->
     ],
 )
 def test_two_processes_train_what_one_does(tmp_path, gin, bindings):
-    """Bit by bit, from a stream and from a store: each process makes or reads its own rows."""
+    """Bit by bit, from a stream and from a store: each process makes or reads its own rows.
+
+    So does a run that is stopped in two processes and goes on in one.
+    """
     two, one = (launched(tmp_path / str(n), n, gin, bindings) for n in (2, 1))
     assert digests(two) == digests(one)
+    moved = tmp_path / "moved"
+    often = bindings | {"Checkpoint.every_steps": 3, "Checkpoint.keep": None}
+    process = subprocess.Popen(command_of(moved, 2, gin, often), cwd=ROOT, stderr=subprocess.PIPE)
+    while not list(moved.glob("checkpoints/[0-9]*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 42, said
+    launched(moved, 1, gin, often)
+    assert digests(moved) == digests(one)
 
 
 @pytest.mark.slow
