@@ -16,6 +16,7 @@ from saejax.data.token_arrays import TokensConfig
 from saejax.rundir import RunDirectory
 from saejax.subjects.harvest import (
     SPLITS,
+    check_asked,
     check_quota,
     harvest,
     read_contexts,
@@ -75,14 +76,18 @@ class HarvestRun:
         cfg, plans = self.data, []
         if self.width is not None:
             widths = [self.width] * len(cfg.all_sites)
-            size = {"contexts_per_shard": cfg.contexts_per_shard}
+            size = {
+                "contexts_per_shard": cfg.contexts_per_shard,
+                "first_position": cfg.first_position,
+            }
             plans = [plan_store(cfg.tokens, widths, cfg.context_length, **size)]
         else:
             ids_only = isinstance(cfg.text, TokensConfig)
             subject = describe_subject(cfg.subject, dtype=cfg.dtype, ids_only=ids_only)
             cfg, subject = resolve_request(cfg, subject)
+            check_asked(cfg, subject)
             for split in SPLITS:
-                contexts = read_contexts(cfg, subject, split)
+                contexts = read_contexts(cfg, subject, split, watchdog.beating(_LOG.info))
                 plans.append(plan_of(list(store_specs(cfg, subject, split, contexts).values())))
         needed = sum(plan.activation_bytes + plan.table_bytes for plan in plans)
         lines = []

@@ -28,6 +28,9 @@ from saejax.subjects.hf import load_subject
 
 MAX_NORM_RATIO = 10.0
 UNKNOWN = "unknown"
+# Of `--subject`. The store says so: a subject of PyTorch is loaded by what it says, and has another
+# fingerprint in another type.
+SUBJECT_DTYPE = "float32"
 _SPLIT_STREAM = 7  # of `layout.random_keys`: which contexts are held out
 _PER_SHARD = {True: 1024, False: 8192}  # contexts, of several tokens or of one
 _LOG_SECONDS = 5.0
@@ -160,6 +163,7 @@ class _Source:
         known = foreign.known
         self._subject = str(known.get("subject", UNKNOWN))
         self._fingerprint = str(known.get("subject_fingerprint", UNKNOWN))
+        self._compute_dtype = str(known.get("compute_dtype", self._parts[0].dtype))
         self._site = cfg.site or str(known.get("site", UNKNOWN))
         first = cfg.first_position
         self._first = int(known.get("first_position", 0)) if first is None else first
@@ -182,7 +186,7 @@ class _Source:
 
     def _know(self, name: str) -> int:
         """Takes over what the subject says; its vocabulary."""
-        subject = load_subject(name)
+        subject = load_subject(name, dtype=SUBJECT_DTYPE)
         if not self._parts[0].tokens:
             raise ValueError(
                 f"{self._cfg.source} has no token ids, so subject {subject.name!r} cannot be run "
@@ -194,6 +198,7 @@ class _Source:
                 f"activations of {self._cfg.source} are {self._width}"
             )
         self._subject, self._fingerprint = subject.name, subject.fingerprint
+        self._compute_dtype = SUBJECT_DTYPE
         tokenizer = subject.tokenizer
         if not self._foreign.filtered:
             self._codes |= dict.fromkeys(tokenizer.special_ids, _SPECIAL)
@@ -243,7 +248,7 @@ class _Source:
             contexts_per_shard=size,
             n_shards=n_shards,
             max_norm_ratio=self._ratio or None if self._length > 1 else None,
-            compute_dtype=str(self._foreign.known.get("compute_dtype", self._parts[0].dtype)),
+            compute_dtype=self._compute_dtype,
             seed=cfg.seed,
         )
 

@@ -219,6 +219,7 @@ def open_streams(
     for site, sae in saes.items():
         check_width(sae, subject.width(site), f"site {site} of {subject.name}")
     held_out, subject = resolve_request(held_out, subject)
+    log = watchdog.beating(_LOG.info)
     stored = harvest(
         held_out,
         os.fspath(activations),
@@ -226,9 +227,9 @@ def open_streams(
         splits=("held_out",),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        log=watchdog.beating(_LOG.info),
+        log=log,
     )
-    stream, identity = open_stream(config, subject, held_out.all_sites, batch_size, mesh)
+    stream, identity = open_stream(config, subject, held_out.all_sites, batch_size, mesh, log)
     sources = {}
     for asked, site in zip(sites, held_out.all_sites, strict=True):
         batches = SiteBatches(stream, site, subject.width(site))

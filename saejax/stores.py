@@ -43,7 +43,7 @@ from typing import Any
 from saejax.data.exporting import export
 from saejax.data.foreign.formats import FORMATS
 from saejax.data.foreign.interface import FLOATS
-from saejax.data.shards import Store, open_store
+from saejax.data.shards import NoStoreError, Store, open_store
 from saejax.data.storage import size
 from saejax.importing import ImportConfig, import_activations
 from saejax.subjects.harvest import SPLITS
@@ -61,7 +61,7 @@ def find_stores(path: str) -> list[Store]:
     if "://" in root:
         try:
             return [open_store(root)]
-        except FileNotFoundError:
+        except NoStoreError:
             return [open_store(f"{root}/{split}") for split in SPLITS]
     folder = pathlib.Path(root).expanduser()
     found = sorted({file.parent for pattern in _FOLDERS for file in folder.glob(pattern)})

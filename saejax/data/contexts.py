@@ -17,10 +17,18 @@ import numpy as np
 
 from saejax.data import corpus, token_arrays
 from saejax.data.corpus import Documents, TextConfig
+from saejax.data.progress import Log, Progress
 from saejax.data.readers import HUB
 from saejax.data.splits import Split
-from saejax.data.token_arrays import TokenDocuments, TokensConfig
-from saejax.data.tokens import Contexts, Sink, Tokenizer, pack, pack_tokens, resolve_bos
+from saejax.data.token_arrays import IdsOnly, TokenDocuments, TokensConfig
+from saejax.data.tokens import (
+    Contexts,
+    Sink,
+    Tokenizer,
+    encode_documents,
+    pack_tokens,
+    resolve_bos,
+)
 
 _FORMAT = 2  # raise it when the same source gives other contexts than before
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,6 +42,9 @@ def load_contexts(
     tokenizer: Tokenizer,
     context_length: int,
     cache: str | os.PathLike[str] | None = None,
+    *,
+    keep_special: bool = False,
+    log: Log | None = None,
 ) -> Contexts:
     """The contexts of one split of a source, from the cache if they are there.
 
@@ -51,28 +62,32 @@ def load_contexts(
       tokenizer: makes the ids, or for `TokensConfig` made them.
       context_length: T, at least 2.
       cache: folder of the cache, where `cfg.cache` is None; None for none.
+      keep_special: `Contexts.keep` is True for special tokens, too.
+      log: takes a line every few seconds while the source is read.
 
     Raises:
       FileNotFoundError: the source does not exist.
       ValueError: bad input, see `Documents` and `TokenDocuments`; or a damaged cache entry.
     """
-    folder = cfg.cache or cache
-    if folder is None:
-        return _pack(cfg, split, tokenizer, context_length, None)
+    if isinstance(cfg, TokensConfig) and isinstance(tokenizer, IdsOnly):
+        tokenizer = tokenizer.with_special(cfg.separator, cfg.pad_id)
+    reading = _Reading(cfg, split, tokenizer, context_length, keep_special, log)
+    if (folder := cfg.cache or cache) is None:
+        return reading.pack(None)
     root = pathlib.Path(folder).expanduser()
-    key = _key(cfg, split, tokenizer, context_length)
+    key = reading.key()
     entry = root / key
     if not entry.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         building = root / f".{key}-{secrets.token_hex(8)}"
         building.mkdir()  # not by tempfile, which would shut out whoever shares the cache
         try:
-            _write(_pack(cfg, split, tokenizer, context_length, _FileSink(building)), building)
+            _write(reading.pack(_FileSink(building)), building)
             _publish(building, entry)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            label = type(cfg).__name__.removesuffix("Config")
+            label = _label(cfg)
             raise OSError(
                 error.errno,
                 f"{label}.cache: no space left for contexts in {root}; free some and run again, "
@@ -83,41 +98,78 @@ def load_contexts(
     return _read(entry)
 
 
-def _pack(
-    cfg: TextConfig | TokensConfig,
-    split: Split,
-    tokenizer: Tokenizer,
-    context_length: int,
-    sink: Sink | None,
-) -> Contexts:
-    rules: dict[str, Any] = {"bos": cfg.bos, "tails": cfg.tails, "min_tail": cfg.min_tail}
-    documents: Iterable[Any]
-    if isinstance(cfg, TextConfig):
-        documents = Documents(cfg, split)
-        return pack(documents, tokenizer, context_length, sink=sink, **rules)
-    documents = TokenDocuments(cfg, split, tokenizer)
-    packed = pack_tokens(documents, tokenizer, context_length, sink=sink, **rules)
-    packed.left_out.update(documents.left_out)
-    return packed
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What `load_contexts` is asked for."""
+
+    cfg: TextConfig | TokensConfig
+    split: Split
+    tokenizer: Tokenizer
+    context_length: int
+    keep_special: bool
+    log: Log | None
+
+    def pack(self, sink: Sink | None) -> Contexts:
+        """Reads the source."""
+        cfg, tokenizer = self.cfg, self.tokenizer
+        progress = Progress(self.log, f"{_label(cfg)}.source = {cfg.source!r}, {self.split}")
+        if self.log is not None and (told := _unbounded(cfg)) is not None:
+            self.log(told)
+        encoded: Iterable[Any]
+        if isinstance(cfg, TextConfig):
+            documents: Any = Documents(cfg, self.split, progress)
+            encoded = encode_documents(documents, tokenizer)
+        else:
+            encoded = documents = TokenDocuments(cfg, self.split, tokenizer, progress)
+        packed = pack_tokens(
+            progress.packing(encoded),
+            tokenizer,
+            self.context_length,
+            bos=cfg.bos,
+            tails=cfg.tails,
+            min_tail=cfg.min_tail,
+            keep_special=self.keep_special,
+            sink=sink,
+        )
+        packed.left_out.update(documents.left_out)
+        return packed
+
+    def key(self) -> str:
+        """Names the cache entry."""
+        cfg, tokenizer = self.cfg, self.tokenizer
+        settings = dataclasses.asdict(cfg)
+        del settings["cache"]
+        settings["bos"] = resolve_bos(tokenizer, cfg.bos)
+        described = {
+            "format": _FORMAT,
+            "kind": type(cfg).__name__,
+            "settings": settings,
+            "state": _state(cfg),
+            "split": self.split,
+            "tokenizer": [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eot_id],
+            "context_length": self.context_length,
+        }
+        if self.keep_special:  # otherwise the key is as before there was a choice
+            described["keep_special"] = True
+        text = json.dumps(described, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _key(
-    cfg: TextConfig | TokensConfig, split: Split, tokenizer: Tokenizer, context_length: int
-) -> str:
-    settings = dataclasses.asdict(cfg)
-    del settings["cache"]
-    settings["bos"] = resolve_bos(tokenizer, cfg.bos)
-    described = {
-        "format": _FORMAT,
-        "kind": type(cfg).__name__,
-        "settings": settings,
-        "state": _state(cfg),
-        "split": split,
-        "tokenizer": [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eot_id],
-        "context_length": context_length,
-    }
-    text = json.dumps(described, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _label(cfg: TextConfig | TokensConfig) -> str:
+    return type(cfg).__name__.removesuffix("Config")
+
+
+def _unbounded(cfg: TextConfig | TokensConfig) -> str | None:
+    """What to say of a dataset of the hub that is read to its end, however large it is."""
+    label, limit = _label(cfg), "max_bytes" if isinstance(cfg, TextConfig) else "max_tokens"
+    if not cfg.source.startswith(HUB):
+        return None
+    told = f"{label}.source = {cfg.source!r} will be read to its end, however large it is"
+    if getattr(cfg, limit) is None and cfg.max_documents is None:
+        return f"{told}: {label}.{limit} (or {label}.max_documents) sets a limit"
+    if cfg.take == "sample":
+        return f"{told}: {label}.take = 'first' reads no further than {label}.{limit}"
+    return None
 
 
 def _state(cfg: TextConfig | TokensConfig) -> Any:
@@ -132,7 +184,7 @@ def _state(cfg: TextConfig | TokensConfig) -> Any:
         if folder.exists():
             return _files((f, str(f)) for f in sorted(folder.rglob("*")) if f.is_file())
         if cfg.revision is None:
-            label = type(cfg).__name__.removesuffix("Config")
+            label = _label(cfg)
             raise ValueError(
                 f"{label}.source = {cfg.source!r} may change, so what is kept of it could be out "
                 f"of date: set {label}.revision to a commit, or keep nothing ({label}.cache = None)"

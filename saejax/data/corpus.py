@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from saejax.data import readers, splits
+from saejax.data.progress import Progress
 from saejax.data.readers import EMPTY, HUB, SUFFIXES, Document
 from saejax.data.splits import Split
 
@@ -46,7 +47,8 @@ class TextConfig:
       held_out_percent: share of the documents held out, chosen by the sha256 of their name. The
         embedded subject was trained with the same rule at 5, so up to 5 it has seen none of
         them (a module renamed since its Python version excepted).
-      max_bytes: at most so many bytes of UTF-8 text in each split. None takes all.
+      max_bytes: at most so many bytes of UTF-8 text in each split. None takes all; of an 'hf:'
+        source a line in the log says so before it is read.
       max_documents: at most so many documents in each split.
       take: which documents a limit takes. 'sample': whole documents in the order of their hash,
         while they fit; the source is read once to find them. 'first': in reading order, up to the
@@ -55,7 +57,8 @@ class TextConfig:
       bos: where a beginning-of-sequence token is put: 'none'; 'document', before each document;
         'context', before each context; 'auto', as the tokenizer's model was trained (GPT-2:
         `<|endoftext|>` before each document; Llama, Gemma: before each context; Pythia: none). It
-        is seen by the model, and no activation of it is stored.
+        is seen by the model, and no activation of it is stored unless `Harvest.keep_special` says
+        so.
       tails: what is left of a document after its last full context is dropped ('drop') or padded
         to a context of its own ('pad').
       min_tail: shortest tail that is padded, in tokens; shorter ones are dropped.
@@ -101,22 +104,28 @@ class Documents(splits.SplitReader):
     'documents_over_limit'.
     """
 
-    def __init__(self, cfg: TextConfig, split: Split):
+    def __init__(self, cfg: TextConfig, split: Split, progress: Progress | None = None):
         """Reads nothing yet.
+
+        Args:
+          cfg: the text.
+          split: 'train' or 'held_out'.
+          progress: is told of every document that is read.
 
         Raises:
           ValueError: no such split.
         """
         super().__init__(cfg, split, label="Text", limit="max_bytes")
+        self._progress = progress or Progress(None, "")
         self.first = cfg.take == "first" or (cfg.take == "auto" and cfg.source.startswith(HUB))
 
     def read(self, left_out: Counter[str]) -> Iterator[Document]:
         """All documents of both splits, by file name and inside a file as they stand."""
         if self.cfg.source == PYTHON:
-            return iter(sorted(python_documents(), key=lambda d: d.name))
-        if self.cfg.source.startswith(HUB):
-            return _hub_documents(self.cfg, left_out)
-        return _path_documents(self.cfg, left_out)
+            return self._progress.reading(sorted(python_documents(), key=lambda d: d.name))
+        from_hub = self.cfg.source.startswith(HUB)
+        found = (_hub_documents if from_hub else _path_documents)(self.cfg, left_out)
+        return self._progress.reading(found)
 
     def size(self, document: Document) -> int:
         """Bytes of UTF-8."""

@@ -39,11 +39,15 @@ from saejax.data.layout import CONTEXT_COLUMNS, FORMAT, ShardRows, StoreSpec
 from saejax.data.pending import Pending, wait
 from saejax.data.records import CorruptStoreError
 
-__all__ = ["CorruptStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
+__all__ = ["CorruptStoreError", "NoStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
 _HEADERS = ("acts/zarr.json", "contexts/zarr.json")
 _BORROWED = {"can_reference_source_data_indefinitely": True}  # the writer waits, so no copy
 _READ_AHEAD = 3  # more only costs memory
 _PLACES_KEPT = 64
+
+
+class NoStoreError(FileNotFoundError):
+    """There is no store at a place: not so much as a spec.json."""
 
 
 def open_store(
@@ -54,7 +58,8 @@ def open_store(
     `path` is a local folder or any TensorStore key-value URL that ends in a folder (gs://, s3://).
 
     Raises:
-      FileNotFoundError: mode 'r' and there is no store at `path`.
+      NoStoreError: mode 'r' and there is no store at `path`.
+      FileNotFoundError: a file of the store is missing.
       ValueError: the store at `path` is of another spec; every differing field is named.
       CorruptStoreError: spec.json or an array's header is damaged.
       OSError: the place cannot be written (PermissionError), or is full.
@@ -67,7 +72,7 @@ def open_store(
     found = files.read_json("spec.json")
     if found is None:
         if mode == "r":
-            raise FileNotFoundError(f"{files.name('spec.json')} is missing: no store there.")
+            raise NoStoreError(f"{files.name('spec.json')} is missing: no store there.")
         _create_arrays(files, spec)
         digests = {name: records.sha256(files.read(name) or b"") for name in _HEADERS}
         content = {"format": FORMAT, "spec": dataclasses.asdict(spec), "sha256": digests}
@@ -79,7 +84,7 @@ def open_store(
     for name in _HEADERS:
         header = files.read(name)
         if header is None:
-            raise FileNotFoundError(f"{files.name(name)} is missing.")
+            raise FileNotFoundError(f"{files.name(name)} is missing; restore it, or store anew.")
         if records.sha256(header) != found["sha256"][name]:
             raise CorruptStoreError(f"{files.name(name)}: damaged (checksum mismatch).")
     return Store(files, stored, *_open_arrays(files, stored, create=False))

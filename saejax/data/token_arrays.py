@@ -13,6 +13,7 @@ import numpy as np
 
 from saejax.data import readers, splits
 from saejax.data.corpus import Bos, Tails, walk
+from saejax.data.progress import Progress
 from saejax.data.readers import EMPTY, HUB
 from saejax.data.splits import Split
 from saejax.data.tokens import TokenDocument, Tokenizer, resolve_bos
@@ -32,7 +33,9 @@ class TokensConfig:
       field: tensor of a .safetensors file, or column of a table, that holds the ids.
       offsets: of a flat array, where its documents begin, ascending from 0: another .npy file, or
         another tensor of the same .safetensors file.
-      separator: of a flat array without offsets, the id that begins every document.
+      separator: of a flat array without offsets, the id that begins every document. Of a subject
+        without a tokenizer it is taken to be a special token, as the ids are that its config.json
+        names: bos_token_id, eos_token_id and pad_token_id.
       pad_id: id that fills rows up on their right; it is cut off, and may lie outside the
         vocabulary, as -1 or -100 do. None: rows are full.
       name: configuration ("subset") of the Hugging Face dataset.
@@ -77,19 +80,44 @@ class TokensConfig:
 
 
 class IdsOnly:
-    """Stands in for a tokenizer where nothing is known but the size of the vocabulary.
+    """Stands in for a tokenizer where there is none: the size of the vocabulary, and special ids.
 
-    Nothing is special, no text can be encoded, and no bytes are known; a token reads as `[id]`.
+    No text can be encoded, and no bytes are known; a token reads as `[id]`.
     """
 
-    eot_id, bos_id, default_bos = 0, None, "none"
-    special_ids: frozenset[int] = frozenset()
-    byte_exact = False
+    default_bos, byte_exact = "none", False
 
-    def __init__(self, vocab_size: int):
-        """Takes the number of ids, 0 to vocab_size - 1."""
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        bos: int | None = None,
+        eos: Iterable[int] = (),
+        special: Iterable[int] = (),
+    ):
+        """Takes the number of ids, 0 to vocab_size - 1, and which of them are known to be special.
+
+        Args:
+          vocab_size: number of ids.
+          bos: begins a text.
+          eos: end a text; rows are padded with the first, or with 0.
+          special: further ids that stand for no text.
+        """
+        inside = [i for i in eos if 0 <= i < vocab_size]
         self.vocab_size, self.max_id = vocab_size, vocab_size - 1
+        self.bos_id = bos if bos is not None and 0 <= bos < vocab_size else None
+        self.eot_id = inside[0] if inside else 0
+        known = {*inside, *special, *(() if bos is None else (bos,))}
+        self.special_ids = frozenset(i for i in known if 0 <= i < vocab_size)
         self.fingerprint = f"ids below {vocab_size}"
+        if self.special_ids:
+            self.fingerprint += f", special {sorted(self.special_ids)}"
+
+    def with_special(self, *ids: int | None) -> IdsOnly:
+        """The same with further special ids; None is none."""
+        more = {i for i in ids if i is not None}
+        eos = (self.eot_id,) if self.eot_id in self.special_ids else ()
+        return IdsOnly(self.vocab_size, bos=self.bos_id, eos=eos, special=self.special_ids | more)
 
     def encode(self, text: str) -> list[int]:
         """Refuses.
@@ -125,20 +153,27 @@ class IdsOnly:
 class TokenDocuments(splits.SplitReader):
     """The documents of one split of a source of ids; see `splits.SplitReader`."""
 
-    def __init__(self, cfg: TokensConfig, split: Split, tokenizer: Tokenizer):
-        """Reads nothing yet.
+    def __init__(
+        self,
+        cfg: TokensConfig,
+        split: Split,
+        tokenizer: Tokenizer,
+        progress: Progress | None = None,
+    ):
+        """Reads nothing yet; `progress` is told of every document that is read.
 
         Raises:
           ValueError: no such split.
         """
         super().__init__(cfg, split, label="Tokens", limit="max_tokens")
+        self._progress = progress or Progress(None, "")
         self.first = cfg.take == "first" or (cfg.take == "auto" and cfg.source.startswith(HUB))
         self._vocab_size = tokenizer.vocab_size
         self._begins = None if resolve_bos(tokenizer, cfg.bos) == "none" else tokenizer.bos_id
 
     def read(self, left_out: Counter[str]) -> Iterator[TokenDocument]:
         """All documents of both splits, by file name and inside a file as they stand."""
-        for name, ids in self._named():
+        for name, ids in self._progress.reading(self._named()):
             if self.cfg.pad_id is not None:
                 real = np.flatnonzero(ids != self.cfg.pad_id)
                 ids = ids[: real[-1] + 1 if len(real) else 0]

@@ -75,10 +75,10 @@ class Contexts:
       names: names of all documents, also of those too short to give a row.
       dropped_tokens: tokens in tails (and whole documents) that gave no row.
       fingerprint: first 16 hex digits of a sha256 of tokens, names and tokenizer (and of `length`
-        where rows are padded).
+        where rows are padded, and of whether special tokens are kept).
       bytes_total: bytes of text that the kept tokens stand for; special tokens count none.
       keep: [N, T] bool, where an activation may be stored: False for special tokens (BOS among
-        them) and padding.
+        them; unless they are kept) and padding.
       length: [N] int32, tokens of the row; what follows is padding.
       lead: tokens before the document's own in each row.
       byte_start: [N] int64, byte of the document's UTF-8 text at which the row begins; -1 where
@@ -218,10 +218,15 @@ def pack_tokens(
     bos: Bos = "auto",
     tails: Tails = "drop",
     min_tail: int = MIN_TAIL,
+    keep_special: bool = False,
     sink: Sink | None = None,
 ) -> Contexts:
-    """Cuts documents of ids into rows; see `pack`."""
+    """Cuts documents of ids into rows; see `pack`.
+
+    With `keep_special`, `Contexts.keep` is False for padding alone.
+    """
     packer = _Packer(tokenizer, context_length, bos, tails, min_tail, sink or MemorySink())
+    packer.keeps_special = keep_special
     for document in documents:
         packer.add(document)
     return packer.finish()
@@ -275,7 +280,7 @@ class _Packer:
         self.hashes: list[bytes] = []
         self.left_out: Counter[str] = Counter()
         self.dropped = self.bytes_total = self.rows = self.waiting = 0
-        self.padded = False
+        self.padded = self.keeps_special = False
         self.parts: list[np.ndarray] = []
         self.cuts: list[tuple[int, int, int, bool]] = []  # document, rows, tokens in them, exact
         self.digest, self.lengths_digest = hashlib.sha256(), hashlib.sha256()
@@ -315,6 +320,9 @@ class _Packer:
         if self.lead:
             lead = np.full((len(body), 1), self.tokenizer.bos_id, self.dtype)
             tokens = np.concatenate([lead, body], axis=1)
+        keep = np.arange(self.length) < length[:, None]
+        if not self.keeps_special:
+            keep &= ~self.special[tokens]
         row_bytes = self.byte_lengths[body].sum(1)
         before = np.cumsum(row_bytes) - row_bytes
         self._emit(
@@ -322,7 +330,7 @@ class _Packer:
             document=index[of].astype(np.int32),
             offset=offset.astype(np.int32),
             length=length.astype(np.int32),
-            keep=(np.arange(self.length) < length[:, None]) & ~self.special[tokens],
+            keep=keep,
             byte_start=np.where(exact[of] > 0, before - before[first[of]], -1),
         )
         self.bytes_total += int(row_bytes.sum())
@@ -348,6 +356,8 @@ class _Packer:
         self.digest.update("\0".join([self.tokenizer.fingerprint, shape, *self.names]).encode())
         if self.padded:
             self.digest.update(self.lengths_digest.digest())
+        if self.keeps_special:
+            self.digest.update(b"special tokens are kept")
         return Contexts(
             **self.sink.finish(),
             names=tuple(self.names),

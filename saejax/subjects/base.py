@@ -104,7 +104,7 @@ class Subject:
           params: the parameters, `self.params` or like them.
           tokens_BT: integer ids; padding, if any, on the right.
           tap: sees and may replace what flows at every canonical site, after the edits.
-          dtype: type of the matrix products.
+          dtype: type of the matrix products; float32 is that on accelerators, too.
           edits: site, in any of its names, to a pure function of the activations there.
 
         Raises:
@@ -112,7 +112,12 @@ class Subject:
         """
         if edits:
             tap = taps.compose(self._editing(edits), tap)
-        return decoder.apply(params, self.config.decoder, tokens_BT, tap, dtype)
+        if jnp.dtype(dtype) != jnp.float32:
+            return decoder.apply(params, self.config.decoder, tokens_BT, tap, dtype)
+        # Accelerators would multiply float32 in TF32 or bfloat16; what taps do is the caller's.
+        tap = _at_precision(jax.config.jax_default_matmul_precision, tap)
+        with jax.default_matmul_precision("highest"):
+            return decoder.apply(params, self.config.decoder, tokens_BT, tap, dtype)
 
     def capture(
         self,
@@ -244,6 +249,14 @@ def make_subject(
     )
 
 
+def _at_precision(precision: str | None, tap: Tap) -> Tap:
+    def at(site: str, x: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(precision):
+            return tap(site, x)
+
+    return at
+
+
 def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
     """Refuses a tokenizer with ids that the model lacks.
 
@@ -262,6 +275,48 @@ def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
             f"subject {name!r}: the tokenizer has {tokenizer.vocab_size} ids, the model's "
             f"vocab_size is {vocab_size}; take the tokenizer that belongs to the model"
         )
+
+
+def special_ids(raw: Mapping[str, Any], kind: str) -> tuple[int, ...]:
+    """The ids that a config.json names as its 'bos', 'eos' or 'pad': none, one or several."""
+    nested = raw.get("text_config")
+    for part in (raw, nested if isinstance(nested, Mapping) else {}):
+        found = part.get(f"{kind}_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            return tuple(i for i in ids if type(i) is int and i >= 0)
+    return ()
+
+
+def check_special_ids(name: str, tokenizer: Any, raw: Mapping[str, Any], vocab_size: int) -> None:
+    """Refuses a tokenizer that begins and ends texts with other ids than a config.json says.
+
+    One that agrees in either is let pass: chat models end their turns in another way than texts,
+    and some models read a beginning of their own. So is one that cannot be compared in both, and an
+    id that the model does not have, which is another model's default.
+
+    Raises:
+      ValueError: names the ids of both.
+    """
+    if tokenizer is None:
+        return
+    said = {kind: special_ids(raw, kind) for kind in ("bos", "eos")}
+    ours = {"bos": tokenizer.bos_id, "eos": tokenizer.eot_id}
+    comparable = {
+        kind: ids
+        for kind, ids in said.items()
+        if ours[kind] is not None and any(i < vocab_size for i in ids)
+    }
+    if len(comparable) < 2 or any(ours[kind] in ids for kind, ids in comparable.items()):
+        return
+    told = " and ".join(
+        f"{kind}_token_id = {ids[0] if len(ids) == 1 else list(ids)}" for kind, ids in said.items()
+    )
+    raise ValueError(
+        f"subject {name!r}: config.json has {told}, but the tokenizer begins texts with "
+        f"{ours['bos']} and ends them with {ours['eos']}; take the tokenizer that belongs to the "
+        "model, or, if this one does, correct these fields of config.json, or remove them"
+    )
 
 
 def fingerprint(config: GPT2Config | Config, params: Params) -> str:

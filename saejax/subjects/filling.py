@@ -18,7 +18,7 @@ from saejax.data.tokens import Contexts
 from saejax.mesh import MeshShape, make_mesh, subject_batch_sharding
 from saejax.subjects.base import Subject
 
-FIRST_POSITION = 1  # the first position's norm is unlike all others, so it is never stored
+FIRST_POSITION = 1  # the first position's norm is unlike all others: not stored unless asked for
 _LOG_SECONDS = 5.0
 _WRITERS = 2  # one prepares a shard while the other waits for the disk
 _BOS, _SPECIAL, _PADDING = (MASKED.index(reason) for reason in ("bos", "special", "padding"))
@@ -43,6 +43,7 @@ def make_forward(
     batch: int,
     contexts: int,
     subject_shards: int = 1,
+    first_position: int = FIRST_POSITION,
 ) -> Forward:
     """The pass of a subject over contexts, on this process's devices.
 
@@ -53,6 +54,7 @@ def make_forward(
       batch: contexts a forward pass, on each copy of the weights.
       contexts: how many are asked for at once; no more devices are used than have a batch.
       subject_shards: devices that share one copy of the weights.
+      first_position: positions before it are left out.
 
     Returns:
       (tokens [C, T], length [C]) to bfloat16 activations [C, R, D] by site.
@@ -61,7 +63,7 @@ def make_forward(
       ValueError: fewer devices than `subject_shards`.
     """
     if not isinstance(subject, Subject):
-        return _host_forward(subject, sites, batch)
+        return _host_forward(subject, sites, batch, first_position)
     mesh = own_mesh(subject_shards, -(-contexts // batch))
     copies = mesh.size // subject_shards
     params = subject.place(mesh).params
@@ -70,7 +72,7 @@ def make_forward(
     @jax.jit
     def capture(params: Any, tokens_BT: jax.Array) -> dict[str, jax.Array]:
         captured = subject.capture(params, tokens_BT, sites, precision)
-        return {s: x[:, FIRST_POSITION:].astype(jnp.bfloat16) for s, x in captured.items()}
+        return {s: x[:, first_position:].astype(jnp.bfloat16) for s, x in captured.items()}
 
     def forward(tokens_CT: np.ndarray, length_C: np.ndarray) -> dict[str, np.ndarray]:
         del length_C  # padding is on the right, where no token sees it
@@ -104,7 +106,7 @@ def own_mesh(subject_shards: int, most: int | None = None) -> Mesh:
     return make_mesh(shape, present[: copies * subject_shards])
 
 
-def _host_forward(subject: Any, sites: Sequence[str], batch: int) -> Forward:
+def _host_forward(subject: Any, sites: Sequence[str], batch: int, first: int) -> Forward:
     def forward(tokens_CT: np.ndarray, length_C: np.ndarray) -> dict[str, np.ndarray]:
         parts = [
             subject.capture_host(
@@ -113,9 +115,7 @@ def _host_forward(subject: Any, sites: Sequence[str], batch: int) -> Forward:
             for i in range(0, len(tokens_CT), batch)
         ]
         return {
-            s: np.concatenate(
-                [part[s][:, FIRST_POSITION:].astype(ml_dtypes.bfloat16) for part in parts]
-            )
+            s: np.concatenate([part[s][:, first:].astype(ml_dtypes.bfloat16) for part in parts])
             for s in sites
         }
 

@@ -19,22 +19,23 @@ import numpy as np
 from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig
 from saejax.data.loader import check_batch_size
-from saejax.data.shards import Store, StoreSpec, open_store
+from saejax.data.shards import NoStoreError, Store, StoreSpec, open_store
 from saejax.data.tokens import Contexts
 from saejax.subjects.base import Subject
-from saejax.subjects.filling import FIRST_POSITION, Filling, Forward, make_forward
+from saejax.subjects.filling import Filling, Forward, make_forward
 from saejax.subjects.request import HarvestConfig, open_subject, resolve_request
 
 SPLITS = ("train", "held_out")
 MAX_DROPPED = 0.05
 
 Log = Callable[[str], None]
+_TELL: Log = logging.getLogger(__name__).info
 
 
 def harvest(
     cfg: HarvestConfig,
     workdir: str | os.PathLike[str],
-    log: Log = logging.getLogger(__name__).info,
+    log: Log = _TELL,
     *,
     subject: Subject | None = None,
     batch_size: int | None = None,
@@ -48,7 +49,7 @@ def harvest(
     Args:
       cfg: what to store.
       workdir: folder or TensorStore URL; see `HarvestConfig.folder`.
-      log: takes one line of progress.
+      log: takes one line of progress, every few seconds while text is read and shards are made.
       subject: the loaded subject, to save loading `cfg.subject` again.
       batch_size: rows of the batches that will be drawn; one that the shards cannot give is then
         refused before anything is stored.
@@ -67,16 +68,10 @@ def harvest(
     """
     subject = subject or open_subject(cfg, on_devices=True)
     asked, (cfg, subject) = cfg.all_sites, resolve_request(cfg, subject)
-    texts = {split: read_contexts(cfg, subject, split) for split in splits}
+    _check_asked(cfg, subject, splits, os.fspath(workdir), log)
+    texts = {split: read_contexts(cfg, subject, split, log) for split in splits}
     stores = _open_stores(cfg, subject, texts, os.fspath(workdir), batch_size, log)
-    forward = forward or make_forward(
-        subject,
-        cfg.all_sites,
-        cfg.dtype,
-        batch=cfg.batch_contexts,
-        contexts=stores[splits[0]][cfg.site].spec.contexts_per_shard,
-        subject_shards=cfg.subject_shards,
-    )
+    forward = forward or _forward(cfg, subject, stores[splits[0]][cfg.site].spec)
     for split, by_site in stores.items():
         contexts = texts[split]
         for store in by_site.values():
@@ -90,6 +85,18 @@ def harvest(
                 log(_summary(store.spec, manifest))
     named = zip(asked, cfg.all_sites, strict=True)
     return {name: tuple(stores[split][site] for split in splits) for name, site in named}
+
+
+def _forward(cfg: HarvestConfig, subject: Subject, spec: StoreSpec) -> Forward:
+    return make_forward(
+        subject,
+        cfg.all_sites,
+        cfg.dtype,
+        batch=cfg.batch_contexts,
+        contexts=spec.contexts_per_shard,
+        subject_shards=cfg.subject_shards,
+        first_position=spec.first_position,
+    )
 
 
 def _open_stores(
@@ -150,10 +157,17 @@ def check_free_space(path: str, needed_bytes: int) -> int | None:
     return free
 
 
-def read_contexts(cfg: HarvestConfig, subject: Subject, split: str) -> Contexts:
-    """The text of a split as contexts of tokens."""
+def read_contexts(cfg: HarvestConfig, subject: Subject, split: str, log: Log = _TELL) -> Contexts:
+    """The text of a split as contexts of tokens; `log` takes a line every few seconds."""
     try:
-        found = load_contexts(cfg.text, split, subject.tokenizer, cfg.context_length)
+        found = load_contexts(
+            cfg.text,
+            split,
+            subject.tokenizer,
+            cfg.context_length,
+            keep_special=cfg.keep_special,
+            log=log,
+        )
         if subject.tokenizer.vocab_size > subject.vocab_size:
             subject.check_tokens(found.tokens)  # ids that only the tokenizer knows, see base
         return found
@@ -169,24 +183,36 @@ def store_specs(
     """The spec of each site's store of a split."""
     goal = _goal(cfg, split, len(contexts.tokens))
     per_shard, n_shards = plan_shards(len(contexts.tokens), goal, cfg.contexts_per_shard)
+    found = contexts.fingerprint
     return {
-        site: StoreSpec(
-            subject=subject.name,
-            subject_fingerprint=subject.fingerprint,
-            text_fingerprint=contexts.fingerprint,
-            split=split,
-            site=site,
-            d_model=subject.width(site),
-            context_length=cfg.context_length,
-            first_position=FIRST_POSITION,
-            contexts_per_shard=per_shard,
-            n_shards=n_shards,
-            max_norm_ratio=cfg.max_norm_ratio,
-            compute_dtype=cfg.dtype,
-            seed=cfg.seed,
-        )
-        for site in cfg.all_sites
+        site: _spec(cfg, subject, split, site, found, per_shard, n_shards) for site in cfg.all_sites
     }
+
+
+def _spec(
+    cfg: HarvestConfig,
+    subject: Subject,
+    split: str,
+    site: str,
+    text_fingerprint: str,
+    contexts_per_shard: int,
+    n_shards: int,
+) -> StoreSpec:
+    return StoreSpec(
+        subject=subject.name,
+        subject_fingerprint=subject.fingerprint,
+        text_fingerprint=text_fingerprint,
+        split=split,
+        site=site,
+        d_model=subject.width(site),
+        context_length=cfg.context_length,
+        first_position=cfg.first_position,
+        contexts_per_shard=contexts_per_shard,
+        n_shards=n_shards,
+        max_norm_ratio=cfg.max_norm_ratio,
+        compute_dtype=cfg.dtype,
+        seed=cfg.seed,
+    )
 
 
 def _summary(spec: StoreSpec, manifest: Mapping[str, Any]) -> str:
@@ -212,9 +238,15 @@ def _own_first(shards: list[int], index: int, count: int) -> list[int]:
 
 def _goal(cfg: HarvestConfig, split: str, available: int) -> int:
     """Contexts that hold the tokens asked for, at most those that there are."""
+    asked = _asked(cfg, split)
+    return available if asked is None else min(available, asked)
+
+
+def _asked(cfg: HarvestConfig, split: str) -> int | None:
+    """Contexts that hold the tokens asked for; None for all of the text."""
     tokens = cfg.tokens if split == "train" else cfg.held_out_tokens
-    rows = cfg.context_length - FIRST_POSITION
-    return available if tokens is None else min(available, -(-tokens // rows))
+    rows = cfg.context_length - cfg.first_position
+    return None if tokens is None else -(-tokens // rows)
 
 
 def _provenance(
@@ -227,6 +259,7 @@ def _provenance(
         "revision": subject.revision,
         "tokenizer_fingerprint": subject.tokenizer.fingerprint,
         "lead": contexts.lead,  # tokens put before the text of each context
+        "keep_special": cfg.keep_special,
         "text": dataclasses.asdict(cfg.text),
         "text_bytes": contexts.bytes_total,
         "text_left_out": contexts.left_out,
@@ -246,10 +279,11 @@ def missing_at(path: str, spec: StoreSpec) -> list[int]:
 
     Raises:
       ValueError: there is a store of another spec.
+      FileNotFoundError: the store there lacks a file.
     """
     try:
         return _missing(open_store(path, spec))
-    except FileNotFoundError:
+    except NoStoreError:  # a store that lacks another file is damaged, and its shards are there
         return list(range(spec.n_shards))
 
 
@@ -260,6 +294,50 @@ def check_quota(cfg: HarvestConfig, needed: int) -> None:
             f"Harvest.max_bytes = {cfg.max_bytes}: the activations need {needed} bytes. Raise it, "
             "or store fewer tokens."
         )
+
+
+def check_asked(cfg: HarvestConfig, subject: Subject, splits: Sequence[str] = SPLITS) -> int:
+    """Bytes that the tokens asked for need at least, known before any text is read.
+
+    Nothing is counted of a split of which all is stored.
+
+    Raises:
+      ValueError: more than `Harvest.max_bytes`, which reading the text would only tell later.
+    """
+    needed = 0
+    for split in splits:
+        fewest = int((1 - MAX_DROPPED) * (_asked(cfg, split) or 0))  # see `plan_shards`
+        for site in cfg.all_sites:
+            needed += fewest * _spec(cfg, subject, split, site, "", 1, 1).bytes_per_shard
+    check_quota(cfg, needed)
+    return needed
+
+
+def _check_asked(
+    cfg: HarvestConfig, subject: Subject, splits: Sequence[str], root: str, log: Log
+) -> None:
+    """What can be told of quota and space before any text is read, which may take hours."""
+    needed = check_asked(cfg, subject, splits)
+    free = check_free_space(root, 0)
+    if free is None or needed <= free:
+        return
+    places = [f"{cfg.folder(root, site)}/{split}" for split in splits for site in cfg.all_sites]
+    if not any(_is_store(place) for place in places):
+        # No error: how much text there is, and so how much is stored, is not known yet.
+        log(
+            f"harvest: {root} has {free / 1e9:.1f} GB free, and the tokens asked for need "
+            f"{needed / 1e9:.1f} GB; it will fail once the text is read, unless that is shorter"
+        )
+
+
+def _is_store(path: str) -> bool:
+    try:
+        open_store(path)
+    except NoStoreError:
+        return False
+    except (OSError, ValueError):
+        pass  # told when it is opened for writing
+    return True
 
 
 def _check_space(root: str, specs: Mapping[str, StoreSpec], log: Log) -> None:

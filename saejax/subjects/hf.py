@@ -17,7 +17,13 @@ from jax.sharding import Mesh
 from saejax.data.token_arrays import IdsOnly
 from saejax.data.tokenizers import load_tokenizer
 from saejax.subjects import weights
-from saejax.subjects.base import Subject, check_vocabulary, make_subject
+from saejax.subjects.base import (
+    Subject,
+    check_special_ids,
+    check_vocabulary,
+    make_subject,
+    special_ids,
+)
 from saejax.subjects.decoder import Config, Params
 from saejax.subjects.families import families
 from saejax.subjects.gpt2 import GPT2Config, to_hf
@@ -112,7 +118,7 @@ def load_folder(
     tensors = weights.open_tensors(folder)
     params = weights.load_params(tensors, family, config.decoder, dtype=dtype, mesh=mesh)
     unknown = config.vocab_size if ids_only else None
-    found = read_tokenizer(folder, unknown) if tokenizer else None
+    found = _tokenizer(folder, name, config, unknown) if tokenizer else None
     return make_subject(name, config, params, found, family=kind, revision=revision)
 
 
@@ -136,8 +142,7 @@ def describe_subject(
     kind, family, config = _read_config(folder, path_or_name)
     shapes = {name: tensor.shape for name, tensor in weights.open_tensors(folder).items()}
     check_tensors(family, config.decoder, shapes)
-    tokenizer = read_tokenizer(folder, config.vocab_size if ids_only else None)
-    check_vocabulary(path_or_name, tokenizer, config.vocab_size)
+    tokenizer = _tokenizer(folder, path_or_name, config, config.vocab_size if ids_only else None)
     return Subject(
         name=path_or_name,
         family=kind,
@@ -149,11 +154,27 @@ def describe_subject(
     )
 
 
+def _tokenizer(
+    folder: pathlib.Path, name: str, config: GPT2Config | Config, unknown: int | None
+) -> Any:
+    """What `read_tokenizer` gives; ValueError if it is not the model's."""
+    found = read_tokenizer(folder, unknown)
+    check_vocabulary(name, found, config.vocab_size)
+    raw = weights.read_json(folder / "config.json")
+    check_special_ids(name, found, raw, config.vocab_size)
+    return found
+
+
 def read_tokenizer(folder: pathlib.Path, vocab_size: int | None = None) -> Any:
-    """The tokenizer of a folder; with `vocab_size`, ids below it where there is none."""
-    if vocab_size is not None and not (folder / "tokenizer.json").is_file():
-        return IdsOnly(vocab_size)
-    return load_tokenizer(folder)
+    """The tokenizer of a folder; with `vocab_size`, ids below it where there is none.
+
+    Of such ids those are special that config.json names.
+    """
+    if vocab_size is None or (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    raw = weights.read_json(folder / "config.json")
+    bos, eos, pad = (special_ids(raw, kind) for kind in ("bos", "eos", "pad"))
+    return IdsOnly(vocab_size, bos=bos[0] if bos else None, eos=eos, special=(*bos, *pad))
 
 
 def _read_config(folder: pathlib.Path, name: str) -> tuple[str, Family, GPT2Config | Config]:

@@ -7,7 +7,7 @@ from typing import Literal
 from saejax.data.corpus import TextConfig
 from saejax.data.token_arrays import IdsOnly, TokensConfig
 from saejax.subjects.base import Subject
-from saejax.subjects.filling import own_mesh
+from saejax.subjects.filling import FIRST_POSITION, own_mesh
 from saejax.subjects.hf import TORCH, load_subject
 
 
@@ -22,8 +22,13 @@ class HarvestConfig:
         canonical name is what stores and folders carry.
       sites: further sites to store from the same forward passes. With any of them the stores of
         each site, `site` too, are in a folder of its name. No two names of one site.
-      context_length: tokens a context, T; each gives T - 1 activations but for masked ones (BOS,
-        special tokens, padding).
+      context_length: tokens a context, T; each gives T - `first_position` activations but for
+        masked ones (BOS, special tokens, padding).
+      first_position: positions before it are not stored. 1, because the first position's norm is
+        unlike all others; 0 keeps it.
+      keep_special: store the activations of BOS and other special tokens, too (attention sinks,
+        [CLS]); those of padding never are. A first position, or one of a large norm, is still left
+        out unless `first_position` = 0 and `max_norm_ratio` = None keep it.
       max_norm_ratio: activations whose norm is above this multiple of the median norm of their
         shard are left out, because a few positions of some models are hundreds of times larger
         than the rest; None keeps them.
@@ -36,9 +41,11 @@ class HarvestConfig:
       batch_contexts: contexts a forward pass, on each device of a process (or each group of
         `subject_shards`).
       subject_shards: devices that share one copy of the subject's weights; 1 for a 'torch:' one.
-      max_bytes: refuse to store more than this; None asks only for free space.
-      dtype: precision of the forward pass; what is stored is always bfloat16. The weights of a
-        'torch:' subject are held in it, too.
+      max_bytes: refuse to store more than this, and to be asked for more by `tokens`, whatever
+        the text holds; None asks only for free space.
+      dtype: precision of the forward pass; what is stored is always bfloat16. 'float32' is that on
+        accelerators, too, where 'bfloat16' is several times faster. The weights of a 'torch:'
+        subject are held in it, too.
       seed: seed of the permutation of contexts and of the rows' order in a shard.
       text: the text, or token ids made elsewhere.
     """
@@ -47,6 +54,8 @@ class HarvestConfig:
     site: str = "1.resid_post"
     sites: tuple[str, ...] = ()
     context_length: int = 64
+    first_position: int = FIRST_POSITION
+    keep_special: bool = False
     tokens: int | None = None
     held_out_tokens: int | None = None
     max_norm_ratio: float | None = 10.0
@@ -63,6 +72,11 @@ class HarvestConfig:
             raise ValueError(
                 f"Harvest.context_length = {self.context_length}: at least 2, because the first "
                 "position is not stored."
+            )
+        if not 0 <= self.first_position < self.context_length:
+            raise ValueError(
+                f"Harvest.first_position = {self.first_position}: at least 0 (all positions are "
+                f"stored), and below Harvest.context_length = {self.context_length}."
             )
         for name in ("contexts_per_shard", "batch_contexts", "subject_shards"):
             if getattr(self, name) < 1:

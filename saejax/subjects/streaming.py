@@ -1,7 +1,8 @@
 """Activations of a subject model as a stream: what `data.stream` needs, from a configuration."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from saejax.data.feed import Provenance, Ranges
 from saejax.data.stream import Stream, usable_positions
 from saejax.data.stream_plan import StreamPlan, contexts_for, lanes_for
 from saejax.subjects.base import Subject
-from saejax.subjects.filling import FIRST_POSITION
 from saejax.subjects.harvest import HarvestConfig, read_contexts
 
+_LOG = logging.getLogger(__name__)
 _HELD_OUT_TOKENS = 1_000_000
 
 
@@ -102,7 +103,12 @@ class SiteBatches:
 
 
 def open_stream(
-    cfg: StreamConfig, subject: Subject, sites: Sequence[str], batch_size: int, mesh: Mesh
+    cfg: StreamConfig,
+    subject: Subject,
+    sites: Sequence[str],
+    batch_size: int,
+    mesh: Mesh,
+    log: Callable[[str], None] = _LOG.info,
 ) -> tuple[Stream, dict[str, str]]:
     """A stream of training activations, and the fingerprints of what it reads.
 
@@ -112,6 +118,7 @@ def open_stream(
       sites: to capture.
       batch_size: rows of a batch.
       mesh: of the training.
+      log: takes a line every few seconds while text is read, and what came of it.
 
     Raises:
       ValueError: no such site; a context longer than the subject's; too little text; a batch or
@@ -125,18 +132,12 @@ def open_stream(
         )
     for site in sites:
         subject.check_site(site)
-    contexts = read_contexts(harvest, subject, "train")
-    keep = usable_positions(contexts, FIRST_POSITION)
-    kept = keep.sum(1)
-    lanes = lanes_for(mesh.size, batch_size, cfg.lanes)
-    plan = StreamPlan(
-        n_contexts=contexts_for(kept, harvest.tokens, harvest.seed),
-        kept=kept,
-        lanes=lanes,
-        group_contexts=harvest.batch_contexts,
-        batch_size=batch_size,
-        buffer_batches=cfg.buffer_batches,
-        seed=harvest.seed,
+    contexts = read_contexts(harvest, subject, "train", log)
+    keep = usable_positions(contexts, harvest.first_position)
+    plan = _plan(cfg, keep, batch_size, mesh)
+    log(
+        f"stream: {int(plan.kept.sum()):,} of {keep.size:,} positions may be used (others: first, "
+        f"special, padding); {plan.rows_per_epoch:,} rows an epoch, those left over in another"
     )
     own_mesh = mesh_lib.subject_mesh(mesh, harvest.subject_shards)
     rows, dtype = mesh_lib.subject_batch_sharding(own_mesh), jnp.dtype(harvest.dtype)
@@ -161,6 +162,19 @@ def open_stream(
     return stream, identity
 
 
+def _plan(cfg: StreamConfig, keep: np.ndarray, batch_size: int, mesh: Mesh) -> StreamPlan:
+    harvest, kept = cfg.harvest, keep.sum(1)
+    return StreamPlan(
+        n_contexts=contexts_for(kept, harvest.tokens, harvest.seed),
+        kept=kept,
+        lanes=lanes_for(mesh.size, batch_size, cfg.lanes),
+        group_contexts=harvest.batch_contexts,
+        batch_size=batch_size,
+        buffer_batches=cfg.buffer_batches,
+        seed=harvest.seed,
+    )
+
+
 def _described(plan: StreamPlan, harvest: HarvestConfig) -> str:
     """What the sequence of batches depends on, beside subject and text."""
     contexts, available = plan.n_contexts, len(plan.kept)
@@ -168,6 +182,7 @@ def _described(plan: StreamPlan, harvest: HarvestConfig) -> str:
         "Stream.lanes": plan.lanes,
         "Stream.buffer_batches": plan.buffer_batches,
         "Harvest.batch_contexts": plan.group_contexts,
+        "Harvest.first_position": harvest.first_position,
         "Harvest.max_norm_ratio": harvest.max_norm_ratio,
         "Harvest.dtype": harvest.dtype,
         "Harvest.seed": plan.seed,

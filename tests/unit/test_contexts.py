@@ -8,10 +8,11 @@ import os
 import numpy as np
 import pytest
 
-from saejax.data import bpe, contexts
+from saejax.data import bpe, contexts, progress
 from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig
 from saejax.data.token_arrays import TokensConfig
+from saejax.data.tokens import TokenDocument
 
 TOKENIZER = bpe.Tokenizer(
     {s: i for i, s in enumerate(bpe.byte_symbols())}, [], {bpe.END_OF_TEXT: 256}
@@ -44,11 +45,11 @@ def never(*args, **kwargs):
 def test_a_kept_entry_equals_what_it_stands_for(source, tmp_path, monkeypatch):
     cfg = TextConfig(source=str(source), tails="pad", min_tail=3, max_documents=12)
     plain = load_contexts(cfg, "train", TOKENIZER, 16)
-    monkeypatch.setattr(contexts.pack.__globals__["_Packer"], "add", watched := counting())
+    monkeypatch.setattr(contexts.pack_tokens.__globals__["_Packer"], "add", watched := counting())
     kept = dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
     first = load_contexts(kept, "train", TOKENIZER, 16)
     assert watched.calls == 12 and isinstance(first.tokens, np.memmap)
-    monkeypatch.setattr(contexts, "pack", never)
+    monkeypatch.setattr(contexts, "pack_tokens", never)
     second = load_contexts(kept, "train", TOKENIZER, 16)
     by_argument = load_contexts(cfg, "train", TOKENIZER, 16, cache=tmp_path / "cache")
     for other in (first, second, by_argument):
@@ -180,3 +181,79 @@ def test_the_seal_covers_the_description(source, tmp_path):
     meta.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"contexts\.json is damaged"):
         load_contexts(cfg, "train", TOKENIZER, 16)
+
+
+def test_a_line_every_few_seconds_says_how_far_reading_is():
+    now, lines = [100.0], []
+    seen = progress.Progress(lines.append, "Text", clock=lambda: now[0])
+    for _ in seen.reading(range(25)):
+        now[0] += 3.0
+    assert lines == [f"Text: {n} documents read" for n in (5, 9, 13, 17, 21, 25)]
+    ids = [TokenDocument(str(i), np.zeros(50, np.uint16), 200_000, b"") for i in range(8)]
+    lines.clear()
+    for _ in seen.packing(seen.reading(ids)):
+        now[0] += 5.0
+    # another pass counts anew
+    assert lines[0] == "Text: 2 documents read, 2 packed, 0.4 MB of text, 100 tokens, 10 a second"
+    assert lines[3] == "Text: 8 documents read, 8 packed, 1.6 MB of text, 400 tokens, 10 a second"
+    assert len(lines) == 4
+
+
+def test_reading_and_packing_are_told_of(source, tmp_path, monkeypatch):
+    cfg, lines = TextConfig(source=str(source)), []
+    load_contexts(cfg, "train", TOKENIZER, 16, log=lines.append)
+    assert lines == []  # it takes no time
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    told = load_contexts(cfg, "train", TOKENIZER, 16, log=lines.append)
+    assert lines[0] == f"Text.source = {str(source)!r}, train: 1 documents read"
+    text = sum(told.document_bytes) / 1e6
+    packed = f"{len(told.names)} packed, {text:,.1f} MB of text" if text >= 0.05 else "packed"
+    assert packed in lines[-1] and "tokens, " in lines[-1]
+    np.save(tmp_path / "a.npy", np.zeros((40, 16), int))
+    ids = TokensConfig(source=str(tmp_path / "a.npy"))
+    lines.clear()
+    load_contexts(ids, "train", TOKENIZER, 8, log=lines.append)
+    assert lines[0] == f"Tokens.source = {ids.source!r}, train: 1 documents read"
+    assert "40 documents read" in lines[-1] and "MB" not in lines[-1]
+
+
+def test_a_dataset_read_to_its_end_is_told_before(monkeypatch):
+    opened = []
+
+    def rows(*args):
+        opened.append(len(lines))
+        return (f"some words of text number {i} " * 9 for i in range(200))
+
+    monkeypatch.setattr("saejax.data.readers.hub_rows", rows)
+    told = "Text.source = 'hf:some/data' will be read to its end, however large it is: "
+    for fields, expected in (
+        ({}, [f"{told}Text.max_bytes (or Text.max_documents) sets a limit"]),
+        ({"max_bytes": 9000}, []),
+        ({"max_documents": 9}, []),
+        (
+            {"max_bytes": 9000, "take": "sample"},
+            [f"{told}Text.take = 'first' reads no further than Text.max_bytes"],
+        ),
+    ):
+        lines = []
+        cfg = TextConfig(source="hf:some/data", **fields)
+        load_contexts(cfg, "train", TOKENIZER, 16, log=lines.append)
+        assert lines == expected
+        assert opened[0] == len(expected)  # before a row was asked for
+        opened.clear()
+    load_contexts(TextConfig(source="hf:some/data"), "train", TOKENIZER, 16)  # no log
+
+
+def test_special_tokens_are_kept_where_asked_for(source, tmp_path):
+    cfg = TextConfig(source=str(source), tails="pad", min_tail=3, bos="context")
+    kept = dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
+    plain, special = (
+        load_contexts(kept, "train", TOKENIZER, 16, keep_special=keep) for keep in (False, True)
+    )
+    assert not plain.keep[:, 0].any() and special.keep[:, 0].all()
+    real = np.arange(16) < special.length[:, None]
+    assert not real.all()
+    np.testing.assert_array_equal(special.keep, real)
+    np.testing.assert_array_equal(special.tokens, plain.tokens)
+    assert special.fingerprint != plain.fingerprint
+    assert_equal(special, load_contexts(cfg, "train", TOKENIZER, 16, keep_special=True))

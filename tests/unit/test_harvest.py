@@ -23,9 +23,16 @@ from saejax.data.loader import Loader
 from saejax.data.shards import open_store
 from saejax.data.token_arrays import TokensConfig
 from saejax.data.tokens import pack
+from saejax.harvest_run import HarvestRun
 from saejax.subjects import hf
 from saejax.subjects.filling import make_forward, mask_codes, own_mesh
-from saejax.subjects.harvest import HarvestConfig, check_free_space, harvest, plan_shards
+from saejax.subjects.harvest import (
+    HarvestConfig,
+    check_free_space,
+    harvest,
+    missing_at,
+    plan_shards,
+)
 from saejax.subjects.hf import load_subject
 from saejax.subjects.request import open_subject
 
@@ -190,6 +197,8 @@ def test_two_harvests_at_once_share_the_work(clean, cfg, subject, tmp_path):
         ({"dtype": "bfloat16"}, "compute_dtype: stored 'float32', wanted 'bfloat16'"),
         ({"tokens": 5000}, "n_shards"),
         ({"max_norm_ratio": None}, "max_norm_ratio: stored 10.0, wanted None"),
+        ({"first_position": 0}, "first_position: stored 1, wanted 0"),
+        ({"keep_special": True}, "text_fingerprint: stored"),
     ],
 )
 def test_another_config_in_the_same_place_is_refused(clean, cfg, subject, change, field):
@@ -223,9 +232,41 @@ def test_bad_input_is_refused_before_anything_is_written(cfg, subject, tmp_path)
     assert not (tmp_path / "s").exists()
     with pytest.raises(ValueError, match="max_bytes = 1000"):
         harvest(dataclasses.replace(cfg, max_bytes=1000), tmp_path / "s", str, subject=subject)
-    for change in ({"tokens": 0}, {"context_length": 1}, {"dtype": "int8"}, {"seed": -1}):
+    for change in (
+        {"tokens": 0}, {"context_length": 1}, {"dtype": "int8"}, {"seed": -1},
+        {"first_position": 16}, {"first_position": -1},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"Harvest\.{next(iter(change))}"):
             dataclasses.replace(cfg, **change)
+
+
+@pytest.mark.parametrize("field", ["tokens", "held_out_tokens"])
+def test_more_than_the_quota_is_refused_before_the_text_is_opened(
+    cfg, subject, tmp_path, monkeypatch, field
+):
+    def never(*args, **kwargs):
+        raise AssertionError("the text is opened")
+
+    monkeypatch.setattr("saejax.subjects.harvest.load_contexts", never)
+    a_context = 15 * 2 * subject.d_model + 4 * (3 + 16 + 1)
+    least = int(0.95 * 200) * a_context  # shards need not hold all that is asked for
+    cfg = dataclasses.replace(cfg, **{"tokens": None, field: 3000})
+    small = dataclasses.replace(cfg, max_bytes=least - 1)
+    message = rf"Harvest\.max_bytes = {least - 1}: the activations need {least} bytes"
+    for call in (
+        lambda cfg: harvest(cfg, tmp_path / "s", str, subject=subject),
+        lambda cfg: HarvestRun(data=cfg).plan(),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(small)
+        for fitting in (dataclasses.replace(cfg, max_bytes=least), cfg):
+            with pytest.raises(AssertionError, match="is opened"):
+                call(fitting)
+    assert not (tmp_path / "s").exists()
+    for split in {"tokens": "held_out", "held_out_tokens": "train"}[field], "train", "held_out":
+        expected = AssertionError if (split == "train") != (field == "tokens") else ValueError
+        with pytest.raises(expected):
+            harvest(small, tmp_path / "s", str, subject=subject, splits=(split,))
 
 
 def test_non_finite_activations_are_refused_by_document(cfg, subject, tmp_path):
@@ -369,21 +410,40 @@ def test_without_space_nothing_is_made_and_what_is_there_is_not_asked_for_again(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("saejax.subjects.harvest.shutil.disk_usage", lambda folder: usage)
+    lines = []
     with pytest.raises(OSError, match="Free some space"):
-        harvest(cfg, tmp_path / "s", str, subject=subject)
+        harvest(cfg, tmp_path / "s", lines.append, subject=subject)
+    assert "the tokens asked for need 0.0 GB; it will fail once the text is read" in lines[0]
     assert not (tmp_path / "s").exists()
-    harvest(cfg, clean[0], str, subject=subject)  # all of it is stored
+    lines.clear()
+    harvest(cfg, clean[0], lines.append, subject=subject)  # all of it is stored
+    assert lines == []
+
+
+def test_what_lacks_a_file_is_no_missing_store(clean, tmp_path):
+    store, path = clean[1][0], tmp_path / "train"
+    everything = list(range(store.spec.n_shards))
+    assert missing_at(str(path), store.spec) == everything
+    shutil.copytree(store.path, path)
+    assert missing_at(str(path), store.spec) == []
+    (path / "acts/zarr.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"acts/zarr\.json is missing; restore it"):
+        missing_at(str(path), store.spec)
+    (path / "spec.json").unlink()
+    assert missing_at(str(path), store.spec) == everything
 
 
 def test_ids_made_elsewhere_need_no_tokenizer(cfg, subject, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(EMBEDDED / name, tmp_path / name)
     ids = np.random.default_rng(0).integers(0, subject.vocab_size, (40, 16))
+    ids[:, 5] = 0  # ends texts
     np.save(tmp_path / "ids.npy", ids)
     text = TokensConfig(source=str(tmp_path / "ids.npy"), held_out_percent=20.0)
     cfg = dataclasses.replace(cfg, subject=str(tmp_path), text=text, tokens=None)
     train, _ = harvest(cfg, tmp_path / "s", str)[cfg.site]
-    assert train.manifest["provenance"]["tokenizer_fingerprint"] == "ids below 4096"
+    assert train.manifest["provenance"]["tokenizer_fingerprint"] == "ids below 4096, special [0]"
+    assert train.manifest["left_out"]["bos"] > 0  # as config.json has it
     bare = dataclasses.replace(subject, tokenizer=None)
     train, _ = harvest(cfg, tmp_path / "t", str, subject=bare)[cfg.site]
     with pytest.raises(ValueError, match=r"without a tokenizer, so Harvest\.text cannot"):
@@ -448,6 +508,28 @@ def test_padding_and_special_tokens_are_left_out_and_counted(cfg, subject, tmp_p
             assert contexts.keep[table[0], position]
             acts = np.asarray(capture(subject.params, table[None, 3:].astype(np.int32)))
             np.testing.assert_allclose(row, acts[0, position], rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_first_position_and_special_tokens_are_stored_where_asked_for(cfg, subject, tmp_path, host):
+    text = dataclasses.replace(cfg.text, tails="pad", min_tail=3, bos="context")
+    cfg = dataclasses.replace(cfg, text=text, contexts_per_shard=16, tokens=None)
+    cfg = dataclasses.replace(cfg, max_norm_ratio=None)
+    asked = HostSubject(subject) if host else subject
+    masked = dataclasses.replace(cfg, first_position=0)
+    for keep, cfg in ((False, masked), (True, dataclasses.replace(masked, keep_special=True))):
+        store = harvest(cfg, tmp_path / str(keep), str, subject=asked, splits=("train",))
+        store = store[cfg.site][0]
+        left_out = {why: n for why, n in store.manifest["left_out"].items() if n}
+        assert (left_out.pop("bos", 0) == 0) == keep and left_out["padding"]
+        assert set(left_out) <= {"padding", "last_chunk"}
+        rows = store.read_shard_rows(0)
+        acts = subject.capture_host(rows.tokens.astype(np.int32), (cfg.site,))[cfg.site]
+        assert (rows.tokens[:, 0] == subject.tokenizer.bos_id).all()
+        assert rows.stored[:, 0].any() == keep and rows.stored[:, 1].any()
+        error = np.abs(acts - rows.rows.astype(np.float32))[rows.stored]
+        assert (error <= 2.0**-8 * np.abs(acts[rows.stored]) + 1e-2).all()
+        assert store.manifest["provenance"]["keep_special"] == keep
 
 
 def test_every_masked_position_has_its_reason():

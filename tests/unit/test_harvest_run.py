@@ -39,6 +39,20 @@ def test_it_fills_its_folder_and_runs_again(cfg, tmp_path):
         run(HarvestRun(data=cfg), tmp_path / "run", seed=1)
 
 
+def test_reading_text_keeps_the_watchdog_quiet(cfg, tmp_path, monkeypatch, caplog):
+    """Text may take hours: each line about it is a sign of life."""
+    beats = []
+    monkeypatch.setattr("saejax.data.progress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("saejax.watchdog.beat", lambda: beats.append(len(caplog.records)))
+    caplog.set_level("INFO")
+    for work in (lambda: run(HarvestRun(data=cfg), tmp_path), HarvestRun(data=cfg).plan):
+        beats.clear()
+        caplog.clear()
+        work()
+        told = [i for i, one in enumerate(caplog.messages) if "documents read" in one]
+        assert len(told) == 18 and set(told) <= set(beats)
+
+
 def test_stores_go_where_they_are_told_to(cfg, tmp_path):
     run(HarvestRun(data=cfg, path=str(tmp_path / "elsewhere")), tmp_path / "run")
     assert open_store(tmp_path / "elsewhere/train").n_rows > 0
@@ -89,6 +103,8 @@ def test_forty_billion_tokens_need_no_subject(tmp_path):
     with pytest.raises(ValueError, match=r"Harvest\.max_bytes = 1000"):
         small = HarvestConfig(tokens=1000, max_bytes=1000)
         HarvestRun(data=small, width=12).plan()
+    whole = dataclasses.replace(data, first_position=0)
+    assert "610,352 a site" in HarvestRun(data=whole, width=12).plan()  # 40e9 / 64 / 1024
 
 
 def test_more_shards_than_a_store_may_have_are_named():

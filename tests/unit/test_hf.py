@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import sys
 import types
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from saejax.data import corpus
 from saejax.data import tokens as packing
-from saejax.subjects import gpt2, hf
+from saejax.subjects import base, gpt2, hf
 
 EMBEDDED = pathlib.Path(hf.__file__).parent / "embedded"
 
@@ -89,6 +90,49 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(cfg.to_hf()))
     with pytest.raises(ValueError, match="tokenizer has 4096 ids, the model's vocab_size is 9"):
         hf.load_subject(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "refused"),
+    [
+        (0, 0, False),
+        (1, 2, True),
+        (4099, [4097, 4098], True),
+        (1, [2, 0], False),  # of several ids one is the tokenizer's
+        (1, 0, False),  # a beginning of its own
+        (0, 5, False),  # ends turns, not texts
+        (None, 5, False),
+        (50256, 50256, False),  # GPT-2's defaults in a smaller model
+        (7, 50256, False),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(folder, bos, eos, refused):
+    edit(folder / "config.json", bos_token_id=bos, eos_token_id=eos)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": null}')
+    both = f"bos_token_id = {bos} and eos_token_id = {eos}, but the tokenizer begins texts with 0"
+    for load in (hf.load_subject, hf.describe_subject):
+        if refused:
+            with pytest.raises(ValueError, match=re.escape(both)):
+                load(str(folder))
+        else:
+            assert load(str(folder)).tokenizer.eot_id == 0
+    if refused:
+        assert hf.load_subject(str(folder), tokenizer=False).tokenizer is None
+
+
+def test_the_ids_of_a_nested_config():
+    raw = {"eos_token_id": [1, 106], "text_config": {"bos_token_id": 2, "eos_token_id": 9}}
+    assert [base.special_ids(raw, kind) for kind in ("bos", "eos", "pad")] == [(2,), (1, 106), ()]
+
+
+def test_special_ids_of_a_folder_without_a_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    edit(folder / "config.json", bos_token_id=5, eos_token_id=[7, 9], pad_token_id=11)
+    found = hf.load_subject(str(folder), ids_only=True).tokenizer
+    assert (found.bos_id, found.eot_id, found.special_ids) == (5, 7, {5, 7, 9, 11})
+    edit(folder / "config.json", bos_token_id=None, eos_token_id=50256, pad_token_id=None)
+    found = hf.load_subject(str(folder), ids_only=True).tokenizer
+    assert (found.bos_id, found.special_ids) == (None, frozenset())
 
 
 def test_a_subject_is_described_without_its_weights(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The store command: what is imported is stored as it was, exported it comes back bit by bit."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -312,7 +313,7 @@ def test_an_export_is_whole_or_not_there(harvested, tmp_path, monkeypatch):
 
 def test_the_subject_of_imported_contexts(tmp_path, monkeypatch):
     subject, site = load_subject("embedded"), "1.resid_post"
-    monkeypatch.setattr("saejax.importing.load_subject", lambda name: subject)
+    monkeypatch.setattr("saejax.importing.load_subject", lambda name, **_: subject)
     tokens = np.random.default_rng(0).integers(1, subject.tokenizer.vocab_size, (24, 8))
     tokens[3, 4] = next(iter(subject.tokenizer.special_ids))
     acts = np.asarray(subject.capture(subject.params, tokens, (site,), np.float32)[site])
@@ -327,7 +328,7 @@ def test_the_subject_of_imported_contexts(tmp_path, monkeypatch):
     monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: subject)
     inputs = opened(tmp_path / "s", sae, 4, "embedded").inputs()
     assert inputs.site == site and inputs.first_position == 0
-    with pytest.raises(ValueError, match=r"0\.resid_mid.*no.*|site"):
+    with pytest.raises(ValueError, match=r"site = '9\.none' does not exist in subject 'embedded'"):
         import_activations(ImportConfig(**(named | {"site": "9.none"})), tmp_path / "t")
     tokens[0, 0] = subject.tokenizer.vocab_size
     safetensors.numpy.save_file(columns, tmp_path / "x.safetensors")
@@ -335,12 +336,35 @@ def test_the_subject_of_imported_contexts(tmp_path, monkeypatch):
         import_activations(ImportConfig(**named), tmp_path / "u")
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_the_subject_of_an_import_is_loaded_as_it_was_recorded(tmp_path, monkeypatch, dtype):
+    """Of PyTorch its fingerprint follows the type of the weights, which is not the array's."""
+    real, site = load_subject("embedded"), "1.resid_post"
+
+    def load(name, *, dtype="float32", **_):
+        assert name == "torch:embedded" and dtype in ("float32", "bfloat16")
+        return dataclasses.replace(real, fingerprint=f"of {dtype}")
+
+    for module in ("importing", "sources"):
+        monkeypatch.setattr(f"saejax.{module}.load_subject", load)
+    tokens = np.random.default_rng(0).integers(1, 90, (24, 8))
+    columns = {"h": matrix(24, shape=(8, real.d_model)).astype(dtype), "tokens": tokens}
+    safetensors.numpy.save_file(columns, tmp_path / "x.safetensors")
+    named = {"width": real.d_model, "subject": "torch:embedded", "site": site}
+    cfg = ImportConfig(source=str(tmp_path / "x.safetensors"), held_out_percent=50.0, **named)
+    made = import_activations(cfg, tmp_path / "s")
+    assert made["train"].spec.compute_dtype == "float32"
+    assert made["train"].manifest["provenance"]["dtype"] == np.dtype(dtype).name
+    sae = SAEConfig(d_model=real.d_model, n_latents=16, k=2)
+    assert opened(tmp_path / "s", sae, 4, "torch:embedded").subject.fingerprint == "of float32"
+
+
 def test_special_tokens_of_the_subject_are_not_stored(contexts, tmp_path, monkeypatch):
     tokenizer = types.SimpleNamespace(vocab_size=90, special_ids={BOS, 7, 8}, bos_id=BOS)
     subject = types.SimpleNamespace(
         name="tiny", fingerprint="ab", tokenizer=tokenizer, vocab_size=90, width=lambda site: D
     )
-    monkeypatch.setattr("saejax.importing.load_subject", lambda name: subject)
+    monkeypatch.setattr("saejax.importing.load_subject", lambda name, **_: subject)
     store = imported(contexts[0], tmp_path, subject="x", split="train", contexts_per_shard=90)
     store, tokens = store["train"], contexts[2]
     left_out = store.manifest["left_out"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from saejax.subjects import base, decoder, hf, taps
 
@@ -280,3 +281,43 @@ def test_decoders_that_cannot_be_are_refused():
             dataclasses.replace(cfg, **change)
     with pytest.raises(ValueError, match="65 tokens is longer than the model's 64"):
         decoder.apply(subject("gemma2").params, cfg, tokens((1, 65)))
+
+
+def products(jaxpr):
+    """The precision of every matrix product, inner functions' and loops' too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.params["precision"]
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gemma2", "pythia"])
+def test_float32_is_that_on_accelerators_too(case):
+    """By default a GPU would multiply in TF32, a TPU in bfloat16."""
+    s, highest = subject(case), (jax.lax.Precision.HIGHEST,) * 2
+    direction = np.ones((s.d_model, s.d_model), np.float32)
+    last = s.sites()[-1]
+
+    def found(dtype, edits=None):
+        traced = jax.make_jaxpr(lambda p, t: s.capture(p, t, (last,), dtype, edits=edits))
+        return list(products(traced(s.params, tokens()).jaxpr))
+
+    plain = found(jnp.float32)
+    assert len(plain) >= 6 * s.n_layers and set(plain) == {highest}
+    logits = jax.make_jaxpr(lambda p, t: jax.grad(lambda p: s.apply(p, t).sum())(p))
+    assert set(products(logits(s.params, tokens()).jaxpr)) == {highest}
+    assert set(found(jnp.bfloat16)) == {None}
+    # what an edit computes is the caller's choice
+    edits = {"0.resid_post": lambda x: x @ direction}
+    assert set(found(jnp.float32, edits)) == {highest, None}
+    with jax.default_matmul_precision("high"):
+        high = (jax.lax.Precision.HIGH,) * 2
+        assert set(found(jnp.float32, edits)) == {highest, high}
+
+
+def test_full_precision_changes_no_bit_on_a_cpu():
+    s = subject("gpt2")
+    plain = jax.jit(lambda p, t: decoder.apply(p, s.config.decoder, t))
+    ours = jax.jit(lambda p, t: s.apply(p, t))
+    np.testing.assert_array_equal(*(np.asarray(f(s.params, tokens())) for f in (plain, ours)))

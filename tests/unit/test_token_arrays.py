@@ -162,6 +162,24 @@ def test_ids_need_no_tokenizer(tmp_path):
         load_contexts(text, "train", token_arrays.IdsOnly(256), 5)
 
 
+def test_special_ids_are_masked_without_a_tokenizer(tmp_path):
+    flat = np.tile(np.r_[250, 1, np.arange(2, 40), 251], 30)
+    np.save(tmp_path / "a.npy", flat)
+    cfg = TokensConfig(source=str(tmp_path / "a.npy"), separator=250, pad_id=999)
+    known = token_arrays.IdsOnly(256, bos=1, eos=(251, 300), special=(7, -1))
+    assert (known.bos_id, known.eot_id, known.special_ids) == (1, 251, {1, 7, 251})
+    packed = load_contexts(cfg, "train", known, 4)
+    masked = np.isin(packed.tokens, [250, 1, 7, 251])
+    assert {250, 1, 7} <= set(packed.tokens[masked].tolist())
+    np.testing.assert_array_equal(packed.keep, ~masked)
+    unknown = load_contexts(cfg, "train", token_arrays.IdsOnly(256), 4)
+    np.testing.assert_array_equal(unknown.keep, unknown.tokens != 250)  # the separator is known
+    assert unknown.fingerprint != packed.fingerprint
+    offsets = TokensConfig(source=str(tmp_path / "a.npy"), offsets=str(tmp_path / "o.npy"))
+    np.save(tmp_path / "o.npy", np.flatnonzero(flat == 250))
+    assert load_contexts(offsets, "train", token_arrays.IdsOnly(256), 4).keep.all()
+
+
 @pytest.mark.parametrize("starts", [[1, 4], [0, 5, 3], [0, 50], [0.0, 3.0], [[0, 3]], []])
 def test_bad_offsets_are_named(tmp_path, starts):
     np.save(tmp_path / "a.npy", np.arange(20))
