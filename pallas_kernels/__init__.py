@@ -16,10 +16,12 @@ for Hopper GPUs (`mosaic_gpu`) and TPUs (`mosaic_tpu`) where they pay:
     pair_list.{compact, decode, dot, add_outer}   products with a code that is one list of pairs
 
 `implementation=None` picks by device, jax version and shape; `explain` says what and why not the
-others. A named implementation runs or raises.
+others. A named implementation runs or raises. `dense_below` says at how many latents per kept one a
+dense code is cheaper on a device, and `code_layout` picks by it.
 """
 
 from pallas_kernels import pair_list
+from pallas_kernels.crossover import code_layout, dense_below
 from pallas_kernels.decode_loss.api import DecodeLoss, decode_loss
 from pallas_kernels.dense_sparse_matmul.vjp import dense_sparse_matmul
 from pallas_kernels.dispatch import interpreting, preferring, target
@@ -45,7 +47,9 @@ __all__ = [
     "Updated",
     "WeightGrads",
     "block_tokens",
+    "code_layout",
     "decode_loss",
+    "dense_below",
     "dense_sparse_matmul",
     "explain",
     "interpreting",

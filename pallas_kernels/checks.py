@@ -17,7 +17,7 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
       op, name: of the operation and the argument, for the error.
       value: anything with a shape and a dtype.
       shape: expected sizes; None is any.
-      kind: "float", or "int32".
+      kind: "float", "int32" or "bool".
 
     Raises:
       ValueError: the shape differs, or an entry could not be addressed by 32-bit arithmetic.
@@ -59,14 +59,28 @@ def code(op: str, values: Any, indices: Any, names: tuple[str, str]):
         )
 
 
-def latents(op: str, n: int):
-    """Checks a number of latents.
+def pairs(op: str, pairs: Any):
+    """Checks the arrays of a list of pairs: as long as each other, tokens and latents int32."""
+    array(op, "pairs.values_P", pairs.values_P, (None,))
+    for name in ("tokens_P", "latents_P"):
+        array(op, f"pairs.{name}", getattr(pairs, name), pairs.values_P.shape, "int32")
+    array(op, "pairs.count", pairs.count, (), "int32")
+
+
+def whole(op: str, name: str, value: int, least: int = 1):
+    """Checks a number of latents or tokens.
 
     Raises:
-      ValueError: it is no whole number of at least 1.
+      ValueError: it is no whole number of at least `least`, or none of 32 bits.
     """
-    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"{op}: n = {n!r} must be a whole number of at least 1")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{op}: {name} = {value!r} must be a whole number of at least {least}")
+    entries(op, f"a column of {name} = {value}", int(value))
+
+
+def result(op: str, n_rows: int, width: int):
+    """Raises ValueError if a result `[n_rows, width]` cannot be addressed by 32-bit arithmetic."""
+    entries(op, f"the result of shape {[int(n_rows), width]}", int(n_rows) * width)
 
 
 def kept(op: str, name: str, k: int, n_latents: int):

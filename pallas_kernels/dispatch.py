@@ -103,12 +103,19 @@ def preferring(implementation: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(listener: Callable[[str], Any]) -> Iterator[None]:
-    """`listener` is told, in a line, of every implementation picked while tracing inside."""
+    """`listener` is told, in a line, of every implementation and layout picked while tracing."""
     token = _LISTENER.set(listener)
     try:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def tell(line: str):
+    """Passes a line on to the listener, if there is one."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(line)
 
 
 def interpret_params(implementation: str) -> Any:
@@ -161,11 +168,10 @@ def call(op: str, implementation: str | None, available: tuple[str, ...], *args,
     """
     args, kwargs = jax.tree.map(_as_jax, (args, kwargs))
     name = choose(op, implementation, available, *args, **kwargs)
-    listener = _LISTENER.get()
-    if listener is not None:
+    if _LISTENER.get() is not None:
         others = {other: why_not(op, other, *args, **kwargs) for other in available}
         reasons = [f"{other}: {reason}" for other, reason in others.items() if reason]
-        listener(f"{op}: {name}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+        tell(f"{op}: {name}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return _function(op, name)(*args, **kwargs)
 
 

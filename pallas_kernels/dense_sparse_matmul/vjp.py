@@ -20,6 +20,9 @@ def dense_sparse_matmul(
 ) -> jax.Array:
     """`out[b] = sum_j values[b, j] * w[indices[b, j]]`.
 
+    In the backward pass the gradient of w is XLA's scatter-add, whichever kernel was named; on a
+    GPU it may add in another order on a rerun. `weight_grads` has kernels that do not.
+
     Args:
       values_BK: `[B, K]` floating point.
       indices_BK: `[B, K]` int32 in [0, L).

@@ -19,6 +19,9 @@ def matmul_at_sparse_indices(
 ) -> jax.Array:
     """`out[b, j] = <a[b], w[indices[b, j]]>`.
 
+    In the backward pass the gradient of w is XLA's scatter-add, whichever kernel was named; on a
+    GPU it may add in another order on a rerun. `weight_grads` has kernels that do not.
+
     Args:
       a_BD: `[B, D]` floating point.
       w_LD: `[L, D]`, rows contiguous.

@@ -8,7 +8,7 @@ slots, so nothing can overflow; the products run over blocks of it, as many as a
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import checks, dispatch
 from pallas_kernels.pair_list.pairs import Pairs
 
 _AVAILABLE = ("xla", "reference")
@@ -33,36 +33,48 @@ def compact(
 
     Returns:
       `Pairs` of length P >= B * C.
+
+    Raises:
+      ValueError, TypeError: an argument's shape, size or dtype; so for all functions here.
     """
-    return Pairs(
-        *dispatch.call(
-            "pair_list.compact",
-            implementation,
-            _AVAILABLE,
-            kept_BC,
-            values_BC,
-            indices_BC,
-            n_latents,
-        )
-    )
+    op = "pair_list.compact"
+    checks.array(op, "kept_BC", kept_BC, (None, None), "bool")
+    checks.array(op, "values_BC", values_BC, kept_BC.shape)
+    checks.array(op, "indices_BC", indices_BC, kept_BC.shape, "int32")
+    checks.whole(op, "n_latents", n_latents)
+    arrays = (kept_BC, values_BC, indices_BC, n_latents)
+    return Pairs(*dispatch.call(op, implementation, _AVAILABLE, *arrays))
 
 
 def decode(
     pairs: Pairs, w_LD: jax.Array, n_tokens: int, *, implementation: str | None = None
 ) -> jax.Array:
     """`out[b] = sum over pairs (b, l) of value * w[l]`: `[n_tokens, D]`, in the promoted dtype."""
-    return dispatch.call("pair_list.decode", implementation, _AVAILABLE, *pairs, w_LD, n_tokens)
+    op = "pair_list.decode"
+    checks.pairs(op, pairs)
+    checks.array(op, "w_LD", w_LD, (None, None))
+    checks.whole(op, "n_tokens", n_tokens, least=0)
+    checks.result(op, n_tokens, w_LD.shape[1])
+    return dispatch.call(op, implementation, _AVAILABLE, *pairs, w_LD, n_tokens)
 
 
 def dot(
     pairs: Pairs, a_BD: jax.Array, w_LD: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`out[p] = <a[token p], w[latent p]>`: `[P]` in the dtype of the values; 0 where unused."""
-    return dispatch.call("pair_list.dot", implementation, _AVAILABLE, *pairs, a_BD, w_LD)
+    op = "pair_list.dot"
+    checks.pairs(op, pairs)
+    checks.array(op, "a_BD", a_BD, (None, None))
+    checks.array(op, "w_LD", w_LD, (None, a_BD.shape[1]))
+    return dispatch.call(op, implementation, _AVAILABLE, *pairs, a_BD, w_LD)
 
 
 def add_outer(
     total_LD: jax.Array, pairs: Pairs, a_BD: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """`total[l] + sum over pairs (b, l) of value * a[b]`: `[L, D]` in the dtype of `total_LD`."""
-    return dispatch.call("pair_list.add_outer", implementation, _AVAILABLE, total_LD, *pairs, a_BD)
+    op = "pair_list.add_outer"
+    checks.array(op, "total_LD", total_LD, (None, None))
+    checks.pairs(op, pairs)
+    checks.array(op, "a_BD", a_BD, (None, total_LD.shape[1]))
+    return dispatch.call(op, implementation, _AVAILABLE, total_LD, *pairs, a_BD)

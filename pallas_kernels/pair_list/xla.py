@@ -49,26 +49,29 @@ def _over_blocks(count, arrays, width: int, start, body: Callable):
 def decode(values_P, tokens_P, latents_P, count, w_LD, n_tokens) -> jax.Array:
     """See `pallas_kernels.pair_list.api.decode`."""
     dtype = jnp.result_type(values_P, w_LD)
+    wide = jnp.promote_types(dtype, jnp.float32)
 
     def body(total_BD, first, new, values, tokens, latents):
         del first
-        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=True).astype(dtype)
+        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=True).astype(wide)
         return total_BD.at[tokens].add(
-            jnp.where(new, values, 0)[:, None].astype(dtype) * rows, mode="drop"
+            jnp.where(new, values, 0)[:, None].astype(wide) * rows, mode="drop"
         )
 
-    start = jnp.zeros((n_tokens, w_LD.shape[1]), dtype)
-    return _over_blocks(count, (values_P, tokens_P, latents_P), w_LD.shape[1], start, body)
+    start = jnp.zeros((n_tokens, w_LD.shape[1]), wide)
+    arrays = (values_P, tokens_P, latents_P)
+    return _over_blocks(count, arrays, w_LD.shape[1], start, body).astype(dtype)
 
 
 def dot(values_P, tokens_P, latents_P, count, a_BD, w_LD) -> jax.Array:
     """See `pallas_kernels.pair_list.api.dot`."""
     n_tokens, dtype = len(a_BD), values_P.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
 
     def body(out_P, first, new, tokens, latents):
         del new  # an entry computed twice is written twice
-        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=True).astype(dtype)
-        inner = (a_BD.at[tokens].get(mode="clip").astype(dtype) * rows).sum(-1)
+        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=True).astype(wide)
+        inner = (a_BD.at[tokens].get(mode="clip").astype(wide) * rows).sum(-1).astype(dtype)
         return lax.dynamic_update_slice(out_P, jnp.where(tokens < n_tokens, inner, 0), (first,))
 
     start = jnp.zeros(len(values_P), dtype)
@@ -78,11 +81,13 @@ def dot(values_P, tokens_P, latents_P, count, a_BD, w_LD) -> jax.Array:
 def add_outer(total_LD, values_P, tokens_P, latents_P, count, a_BD) -> jax.Array:
     """See `pallas_kernels.pair_list.api.add_outer`."""
     dtype = total_LD.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
 
     def body(total_LD, first, new, values, tokens, latents):
         del first
-        rows = a_BD.at[tokens].get(mode="clip").astype(dtype)
-        scaled = jnp.where(new, values, 0)[:, None].astype(dtype) * rows
+        rows = a_BD.at[tokens].get(mode="clip").astype(wide)
+        scaled = jnp.where(new, values, 0)[:, None].astype(wide) * rows
         return total_LD.at[latents].add(scaled, mode="drop", indices_are_sorted=True)
 
-    return _over_blocks(count, (values_P, tokens_P, latents_P), a_BD.shape[1], total_LD, body)
+    arrays, start = (values_P, tokens_P, latents_P), total_LD.astype(wide)
+    return _over_blocks(count, arrays, a_BD.shape[1], start, body).astype(dtype)

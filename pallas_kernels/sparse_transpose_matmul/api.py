@@ -34,7 +34,8 @@ def sparse_transpose_matmul(
     """
     op = "sparse_transpose_matmul"
     checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
-    checks.latents(op, n)
+    checks.whole(op, "n", n)
     checks.array(op, "a_BD", a_BD, (values_BK.shape[0], None))
+    checks.result(op, n, a_BD.shape[1])
     checks.optional(op, "total_LD", total_LD, (n, a_BD.shape[1]))
     return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, a_BD, n, total_LD)

@@ -87,8 +87,9 @@ def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Behind a barrier: XLA takes a top-k of which a slice is used for a sort, which is slower by far.
     """
     on_cpu = dispatch.current_target().platform == "cpu"
-    if on_cpu and x.ndim == 2 and len(x) >= _LEAST_ROWS and len(x) % _PIECES == 0:
-        pieces = [_behind_barriers(lax.top_k(rows, k)) for rows in jnp.split(x, _PIECES)]
+    if on_cpu and x.ndim == 2 and len(x) >= _LEAST_ROWS:
+        cuts = [len(x) * i // _PIECES for i in range(1, _PIECES)]
+        pieces = [_behind_barriers(lax.top_k(rows, k)) for rows in jnp.split(x, cuts)]
         values, indices = (jnp.concatenate(part) for part in zip(*pieces, strict=True))
     else:
         values, indices = _behind_barriers(lax.top_k(x, k))

@@ -21,7 +21,9 @@ def topk_encode(
     """The k largest of `x @ w.T + b` per token; no `[B, L]` array exists for the whole batch.
 
     Products are accumulated, and the selection is made, in float32 (or wider, for wider inputs).
-    The gradient of the selection itself is zero (Gao et al. 2024, App. D).
+    The gradient of the selection itself is zero (Gao et al. 2024, App. D). In the backward pass
+    those of w and b are XLA's scatter-adds, whatever implementation was named; on a GPU they may
+    add in another order on a rerun. `weight_grads` has kernels that do not.
 
     Args:
       x_BD: `[B, D]` floating point.

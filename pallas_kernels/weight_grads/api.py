@@ -80,9 +80,7 @@ def weight_grads_of_pairs(
       e_BD, x_BD, n, totals, implementation: see `weight_grads`.
     """
     op = "weight_grads.weight_grads_of_pairs"
-    checks.array(op, "pairs.values_P", pairs.values_P, (None,))
-    for name in ("tokens_P", "latents_P"):
-        checks.array(op, f"pairs.{name}", getattr(pairs, name), pairs.values_P.shape, "int32")
+    checks.pairs(op, pairs)
     checks.array(op, "d_values_P", d_values_P, pairs.values_P.shape)
     _check(op, None, e_BD, x_BD, n, totals)
     arrays = (pairs, d_values_P, e_BD, x_BD, n)
@@ -90,9 +88,10 @@ def weight_grads_of_pairs(
 
 
 def _check(op: str, tokens: int | None, e_BD, x_BD, n: int, totals: WeightGrads | None):
-    checks.latents(op, n)
+    checks.whole(op, "n", n)
     checks.array(op, "e_BD", e_BD, (tokens, None))
     checks.array(op, "x_BD", x_BD, e_BD.shape)
+    checks.result(op, n, e_BD.shape[1])
     if totals is not None:
         for name in ("w_dec_LD", "w_enc_LD"):
             checks.array(op, f"totals.{name}", getattr(totals, name), (n, e_BD.shape[1]))

@@ -14,7 +14,7 @@ from pallas_kernels.row_update.api import (
     in_dtype,
 )
 
-AVAILABLE = ("mosaic_gpu", "xla")
+AVAILABLE = ("mosaic_gpu", "xla", "reference")
 
 
 class Rows(NamedTuple):
@@ -59,7 +59,7 @@ def weight_grads_update(
       dec, enc: decoder and encoder.
       scalars, copy_dtype: see `row_update`.
       dec_settings, enc_settings: see `RowSettings`.
-      implementation: "mosaic_gpu", "xla", or None.
+      implementation: "mosaic_gpu", "xla", "reference", or None.
 
     Raises:
       ValueError, TypeError: an argument's shape, size or dtype.

@@ -21,23 +21,11 @@ from saejax import collectives
 from saejax.model import sparse
 from saejax.model.sparse import WeightGrads, pair_list
 
-_DENSE_BELOW = {"cpu": 24}
-_DENSE_BELOW_ELSEWHERE = 184
-
-
-def dense_below(platform: str) -> int:
-    """Latents per kept latent below which a dense code is cheaper than a sparse one.
-
-    A matrix unit multiplies with this many rows while memory delivers one (a CPU, with fewer).
-    """
-    return _DENSE_BELOW.get(platform, _DENSE_BELOW_ELSEWHERE)
-
 
 def layout(k: int, n_latents: int, shards: int, dense_below: int) -> type:
     """The layout of a code of k latents per token over `shards` shards of `n_latents` each."""
-    if n_latents * shards <= dense_below * k:
-        return DenseCode
-    return PairCode if shards > 1 else RowCode
+    name = sparse.code_layout(k, n_latents * shards, shards, dense_below)
+    return {"dense": DenseCode, "pairs": PairCode, "rows": RowCode}[name]
 
 
 def gathered_arrays(
@@ -197,7 +185,7 @@ def make_code(
       shards: latent shards.
       k: latents kept per token over all shards.
       relu: apply ReLU, so that what is not positive is off.
-      dense_below: see the function of this name.
+      dense_below: see `sparse.dense_below`.
     """
     kept_BC = (jnp.arange(values_BC.shape[1]) < count_B[:, None]) & (values_BC != -jnp.inf)
     values_BC = jnp.where(kept_BC, values_BC, 0)

@@ -9,7 +9,7 @@ from saejax.plan.hardware import Topology
 from saejax.plan.hlo import Collective
 from saejax.plan.workload import Workload
 from saejax.train.loss import Selection
-from saejax.train.step import auxk_blocks
+from saejax.train.step import auxk_block_tokens
 
 SCOPES = (
     "auxk",
@@ -44,9 +44,7 @@ def expected_collectives(work: Workload, *, largest_auxk: bool = False) -> list[
         rows += _of_microbatch(work, "multi ", loss.multi, work.latents, tokens=False)
     block = work.auxk_blocks[1 if largest_auxk else 0]
     if block:
-        shards, kind = work.shape.latent, work.topology.chip.kind
-        cuts = auxk_blocks(work.block // shards, shards, block, platform=kind)
-        rows += _of_microbatch(work, "auxk ", loss.aux, block, tokens=True, cuts=cuts)
+        rows += _of_auxk(work, block)
         rows.append(_one("auxk sums", "all-reduce", _BOTH, 3, 4 * (work.width + 2)))
         # Of few rows, so summed whichever way the main gradients go.
         size = 4 * block * (2 * work.width + 1)
@@ -69,14 +67,39 @@ def _one(name: str, kind: str, axis: str, calls: float, size: float) -> Collecti
     return Collective(name=name, kind=kind, axis=axis, calls=calls, bytes=size)
 
 
+def _of_auxk(work: Workload, latents: int) -> list[Collective]:
+    """AuxK's reconstructions from `latents` latents of each shard, the last blocks included."""
+    shards, kind = work.shape.latent, work.topology.chip.kind
+    own = work.block // shards
+    size = auxk_block_tokens(own, shards, latents, platform=kind)
+    found: dict[tuple[str, str], Collective] = {}
+    for parts in ((own // size, size * shards), (1, own % size * shards)):
+        wanted = work.spec.loss.aux
+        for row in _of_microbatch(work, "auxk ", wanted, latents, tokens=True, parts=parts):
+            same = found.get((row.name, row.kind), dataclasses.replace(row, calls=0, bytes=0))
+            found[row.name, row.kind] = dataclasses.replace(
+                row, calls=same.calls + row.calls, bytes=same.bytes + row.bytes
+            )
+    return list(found.values())
+
+
 def _of_microbatch(
-    work: Workload, prefix: str, wanted: Selection, latents: int, *, tokens: bool, cuts: int = 1
+    work: Workload,
+    prefix: str,
+    wanted: Selection,
+    latents: int,
+    *,
+    tokens: bool,
+    parts: tuple[int, int] | None = None,
 ) -> list[Collective]:
     """One reconstruction from `latents` latents of each shard, over all microbatches.
 
-    Each is taken in `cuts` parts.
+    Of each so many parts of so many tokens are taken; None is all tokens at once.
     """
-    chunks, block, shards = work.spec.chunks, work.block, work.shape.latent
+    chunks, shards = work.spec.chunks, work.shape.latent
+    cuts, block = parts or (1, work.block)
+    if not block:
+        return []
     offered = min(wanted.capacity, latents)
     wide, narrow = block * work.width * 4, block * work.width * work.itemsize
     # Over the whole of a 3-d torus the TPU compiler sums where it could scatter, and where the
@@ -84,7 +107,7 @@ def _of_microbatch(
     # scattered less than a tile.
     topology = work.topology
     whole = topology.chip.torus == 3 and shards == topology.devices
-    partial = topology.chip.kind == "tpu" and block // cuts // shards < _TPU_TILE_ROWS
+    partial = topology.chip.kind == "tpu" and block // shards < _TPU_TILE_ROWS
     scatter = "all-reduce" if whole or partial else "reduce-scatter"
     gather = "all-reduce" if whole and topology.closed else "all-gather"
     rows = [("tokens", gather, narrow)] if tokens else []
@@ -96,7 +119,7 @@ def _of_microbatch(
             rows += [("kept counts", "all-to-all", block * 4)]
     rows += [("reconstruction", scatter, wide), ("residual", gather, narrow)]
     calls = chunks * cuts
-    found = [_one(prefix + n, kind, LATENT, calls, chunks * size) for n, kind, size in rows]
+    found = [_one(prefix + n, kind, LATENT, calls, calls * size) for n, kind, size in rows]
     if work.spec.loss.gather_codes and prefix != "auxk ":
         arrays, code = _code(work, wanted, offered)
         size = chunks * work.shape.data * (code + 2 * narrow)

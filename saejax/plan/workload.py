@@ -49,6 +49,7 @@ class Workload:
             batch_tokens=recipe.train.batch_size,
             chunks=recipe.train.chunks(self.shape),
             platform=self.topology.chip.kind,
+            device_kind=self.topology.chip.name,
             data_exchange=recipe.mesh.data_exchange,
         )
 

@@ -97,7 +97,7 @@ class LossSpec:
       relu: ReLU after TopK.
       dtype: of the multiplications.
       exchange: see `TopKConfig`.
-      dense_below: see `codes.dense_below`.
+      dense_below: see `sparse.dense_below`.
       gather_codes: gather codes, inputs and residuals over 'data', so that every replica makes the
         whole weight gradient, rather than summing gradients over 'data'.
     """

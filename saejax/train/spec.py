@@ -7,7 +7,8 @@ import jax
 
 from saejax.capacity import TopKConfig
 from saejax.mesh import MeshShape
-from saejax.model.codes import dense_below, gathered_arrays
+from saejax.model import sparse
+from saejax.model.codes import gathered_arrays
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig, LossSpec, Selection
@@ -61,6 +62,7 @@ def loss_spec(
     shards: int,
     *,
     platform: str | None = None,
+    device_kind: str = "",
 ) -> LossSpec:
     """Resolves the loss settings for a model on so many latent shards.
 
@@ -69,6 +71,7 @@ def loss_spec(
       shards: latent shards.
       platform: of the devices; decides the compute dtype and where codes are dense. None is the
         default backend's.
+      device_kind: see `sparse.dense_below`.
 
     Raises:
       ValueError: k_aux or the Multi-TopK k exceeds the number of latents.
@@ -101,7 +104,7 @@ def loss_spec(
         relu=sae.relu,
         dtype=sae.dtype_on(platform),
         exchange=topk.exchange,
-        dense_below=dense_below(platform),
+        dense_below=sparse.dense_below(platform, device_kind),
     )
 
 
@@ -116,9 +119,11 @@ def step_spec(
     chunks: int,
     platform: str,
     data_exchange: str,
+    device_kind: str = "",
 ) -> StepSpec:
-    """Static settings of a step on a mesh of devices of one platform; see `make_step`."""
-    spec = loss_spec(sae, loss, topk, shape.latent, platform=platform)
+    """Static settings of a step on a mesh of devices of one kind; see `make_step`."""
+    where = {"platform": platform, "device_kind": device_kind}
+    spec = loss_spec(sae, loss, topk, shape.latent, **where)
     gather = data_exchange == "codes"
     if data_exchange == "auto":
         gathered, summed = bytes_over_data(spec, sae, shape, batch_tokens)

@@ -40,11 +40,13 @@ def auxk_capacities(k_aux: int, n_latents: int) -> list[int]:
     return [*sizes, n_latents]
 
 
-def auxk_blocks(own_tokens: int, shards: int, capacity: int, platform: str | None = None) -> int:
-    """Blocks that AuxK cuts a microbatch into: their pre-activations are as `topk_encode` bounds.
+def auxk_block_tokens(
+    own_tokens: int, shards: int, capacity: int, platform: str | None = None
+) -> int:
+    """Own tokens of a block of AuxK, whose pre-activations are then as `topk_encode` bounds.
 
-    Blocks are equal; tokens that split into no such number are cut into fewer, larger ones, rather
-    than into very small ones.
+    Blocks are equal where a number of them not far above the least one divides the tokens; else
+    the last of each microbatch is smaller.
 
     Args:
       own_tokens: of a microbatch and device.
@@ -54,9 +56,9 @@ def auxk_blocks(own_tokens: int, shards: int, capacity: int, platform: str | Non
     """
     most = max(sparse.block_tokens(capacity, platform=platform) // shards, 1)
     wanted = -(-own_tokens // most)
-    whole = [blocks for blocks in range(1, own_tokens + 1) if own_tokens % blocks == 0]
-    enough = next(blocks for blocks in whole if blocks >= wanted)
-    return enough if enough <= 4 * wanted else max(b for b in whole if b <= wanted)
+    few = range(wanted, min(4 * wanted, own_tokens) + 1)
+    blocks = next((blocks for blocks in few if own_tokens % blocks == 0), wanted)
+    return -(-own_tokens // blocks)
 
 
 def _compute_weights(params: Params, dtype: jnp.dtype) -> Params:
@@ -79,20 +81,33 @@ def _auxk_gradients(capacity, params, weights, dead_L, x_NbD, e_NbD, scale, spec
         block = {name: weights[name][rows_C] for name in ("w_enc", "w_dec", "latent_bias")}
         block["pre_bias"] = weights["pre_bias"]
 
-    def one(total, chunk):
-        total, error, cut = add_auxk(total, block, alive_C, *chunk, scale, spec.loss)
-        return total, (error, cut)
-
     # No array of tokens times dead latents exists either: the more there are, the smaller a block.
-    blocks = auxk_blocks(x_NbD.shape[1], collectives.latent_shards(), capacity)
-    x_NbD, e_NbD = (a.reshape(-1, a.shape[1] // blocks, a.shape[2]) for a in (x_NbD, e_NbD))
+    microbatches, tokens, _ = x_NbD.shape
+    size = auxk_block_tokens(tokens, collectives.latent_shards(), capacity)
+
+    def add_blocks(total, first, count, size):
+        """Adds `count` blocks of each microbatch, from its token `first` on."""
+
+        def one(total, i):
+            start = (i // count, first + i % count * size, 0)
+            x_bD, e_bD = (
+                jax.lax.dynamic_slice(a, start, (1, size, a.shape[2]))[0] for a in (x_NbD, e_NbD)
+            )
+            total, error, cut = add_auxk(total, block, alive_C, x_bD, e_bD, scale, spec.loss)
+            return total, (error, cut)
+
+        total, (errors, cuts) = jax.lax.scan(one, total, jnp.arange(microbatches * count))
+        return total, errors.sum(), cuts.sum(dtype=jnp.int32)
 
     zero = {
         name: jnp.zeros(block[name].shape, params[name].dtype)
         for name in ("w_enc", "w_dec", "latent_bias")
     }
-    total, (errors, cuts) = jax.lax.scan(one, zero, (x_NbD, e_NbD))
-    return total, rows_C, errors.sum(), cuts.sum(dtype=jnp.int32)
+    total, error, cut = add_blocks(zero, 0, tokens // size, size)
+    if rest := tokens % size:
+        total, last_error, last_cut = add_blocks(total, tokens - rest, 1, rest)
+        error, cut = error + last_error, cut + last_cut
+    return total, rows_C, error, cut
 
 
 def _add_auxk(capacity, gradients, params, weights, dead_L, x_NbD, e_NbD, spec: StepSpec):
@@ -229,8 +244,7 @@ def make_step(
       batch_tokens, chunks: tokens per step over the whole mesh, and their microbatches.
       steps: of the whole training, for the schedule.
       data_exchange: see `MeshConfig`.
-      kernels: how the gradients are computed.
-      guard: which steps are skipped.
+      kernels, guard: how the gradients are computed, and which steps are skipped.
 
     Raises:
       ValueError: the loss settings do not fit the model.
@@ -241,6 +255,7 @@ def make_step(
         batch_tokens=batch_tokens,
         chunks=chunks,
         platform=device.platform,
+        device_kind=device.device_kind,
         data_exchange=data_exchange,
     )
     dense = kernels.gradients == "dense"

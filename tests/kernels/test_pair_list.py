@@ -99,6 +99,96 @@ def test_unused_rows_of_infinity_do_no_harm():
     np.testing.assert_allclose(got, code[:, used] @ w[used], atol=1e-4)
 
 
+def spec(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def pairs_of(length, **changed):
+    lists = (spec(length), *[spec(length, dtype="int32")] * 2, spec(dtype="int32"))
+    return pair_list.Pairs(*lists)._replace(**changed)
+
+
+def compact(
+    kept=(4, 3), values=(4, 3), indices=(4, 3), n=8, kept_dtype="bool", indices_dtype="int32"
+):
+    kept, indices = spec(*kept, dtype=kept_dtype), spec(*indices, dtype=indices_dtype)
+    return pair_list.compact(kept, spec(*values), indices, n)
+
+
+BAD = {
+    "kept": (lambda: compact(kept=(4,)), r"compact: kept_BC has shape \[4\], but must have \[\*, "),
+    "values": (
+        lambda: compact(values=(4, 2)),
+        r"compact: values_BC has shape \[4, 2\], .* \[4, 3\]",
+    ),
+    "indices": (lambda: compact(indices=(3, 3)), r"compact: indices_BC has shape \[3, 3\]"),
+    "number of latents": (lambda: compact(n=0), r"compact: n_latents = 0 must be a whole number"),
+    "latents' numbers": (
+        lambda: compact(n=2**31),
+        r"compact: a column of n_latents = 2147483648 has 2147483648 entries .* than 2\*\*31",
+    ),
+    "slots": (
+        lambda: compact(*[(2**26, 32)] * 3),
+        r"compact: kept_BC of shape \[67108864, 32\] has 2147483648 entries",
+    ),
+    "rank of the list": (
+        lambda: pair_list.decode(pairs_of(9, values_P=spec(9, 1)), spec(8, 4), 4),
+        r"decode: pairs.values_P has shape \[9, 1\], but must have \[\*\]",
+    ),
+    "length of the list": (
+        lambda: pair_list.dot(pairs_of(9, tokens_P=spec(8, dtype="int32")), spec(4, 5), spec(8, 5)),
+        r"dot: pairs.tokens_P has shape \[8\], but must have \[9\]",
+    ),
+    "count": (
+        lambda: pair_list.add_outer(spec(8, 5), pairs_of(9, count=spec(1)), spec(4, 5)),
+        r"add_outer: pairs.count has shape \[1\], but must have \[\]",
+    ),
+    "rows": (
+        lambda: pair_list.decode(pairs_of(9), spec(8), 4),
+        r"decode: w_LD has shape \[8\], but must have \[\*, \*\]",
+    ),
+    "number of tokens": (
+        lambda: pair_list.decode(pairs_of(9), spec(8, 4), -1),
+        r"decode: n_tokens = -1 must be a whole number of at least 0",
+    ),
+    "B * d": (
+        lambda: pair_list.decode(pairs_of(9), spec(8, 1024), 2**21),
+        r"decode: the result of shape \[2097152, 1024\] has 2147483648 entries",
+    ),
+    "rows of both": (
+        lambda: pair_list.dot(pairs_of(9), spec(4, 5), spec(8, 6)),
+        r"dot: w_LD has shape \[8, 6\], but must have \[\*, 5\]",
+    ),
+    "n * d": (
+        lambda: pair_list.dot(pairs_of(9), spec(4, 1024), spec(2**21, 1024)),
+        r"dot: w_LD of shape \[2097152, 1024\] has 2147483648 entries",
+    ),
+    "width of the total": (
+        lambda: pair_list.add_outer(spec(8, 6), pairs_of(9), spec(4, 5)),
+        r"add_outer: a_BD has shape \[4, 5\], but must have \[\*, 6\]",
+    ),
+    "dtype of the total": (
+        lambda: pair_list.add_outer(spec(8, 5, dtype="int32"), pairs_of(9), spec(4, 5)),
+        r"add_outer: total_LD has dtype int32, but must be one of bfloat16, float32, float64",
+    ),
+    "dtype of what is kept": (
+        lambda: compact(kept_dtype="int8"),
+        r"compact: kept_BC has dtype int8, but must be one of bool",
+    ),
+    "dtype of the indices": (
+        lambda: compact(indices_dtype="uint32"),
+        r"compact: indices_BC has dtype uint32, but must be one of int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    call, message = BAD[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
 def test_unknown_implementation():
     kept, values, indices, w, *_ = problem(SHAPES[0], np.float32)
     with pytest.raises(ValueError, match=r"pair_list.compact.*'fast' does not exist"):

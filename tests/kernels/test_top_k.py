@@ -90,9 +90,9 @@ def test_two_stages_equal_one_under_heavy_ties(groups, k, levels, seed, ragged):
     np.testing.assert_array_equal(values, want_values)
 
 
-def sorts(n, k):
+def sorts(n, k, n_rows=2):
     """How many `lax.top_k` the traced program holds."""
-    program = jax.make_jaxpr(lambda x: xla.top_k_of_ordered(x, k))(jnp.zeros((2, n)))
+    program = jax.make_jaxpr(lambda x: xla.top_k_of_ordered(x, k))(jnp.zeros((n_rows, n)))
     return str(program).count("top_k[")
 
 
@@ -101,8 +101,16 @@ def test_two_stage_path_is_taken():
     assert [sorts(n, k) for n, k in PLAIN] == [1] * len(PLAIN)
 
 
+@pytest.mark.parametrize("n_rows, pieces", [(127, 1), (131, 16), (160, 16), (1000, 16)])
+@pytest.mark.parametrize("n, k", [(40, 7), (264, 1)])
+def test_any_number_of_rows_is_cut_into_pieces(n_rows, pieces, n, k):
+    assert sorts(n, k, n_rows) == pieces * sorts(n, k)
+    for kind in ("random", "tied", "some nan"):
+        assert_top_k(rows(kind, n, np.float32, n_rows), k, "xla")
+
+
 @pytest.mark.parametrize(
-    "n_rows, n, k", [(127, 4096, 64), (64, 2048, 32), (160, 4096, 64), (9, 512, 1)]
+    "n_rows, n, k", [(127, 4096, 64), (131, 4096, 64), (64, 2048, 32), (160, 4096, 64), (9, 512, 1)]
 )
 def test_a_slice_of_the_result_does_not_make_it_a_sort(n_rows, n, k):
     x = jnp.zeros((n_rows, n))

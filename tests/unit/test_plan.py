@@ -8,6 +8,7 @@ import re
 import jax
 import pytest
 
+from pallas_kernels.topk_encode import xla as encode_xla
 from saejax import plan
 from saejax.mesh import MeshConfig, MeshShape
 from saejax.model.sae import SAEConfig
@@ -170,6 +171,18 @@ def test_auxk_exchanges_again():
     found = table((1, 4), loss={"auxk_coefficient": 1 / 32, "k_aux": 8})
     for name in ("tokens", "reconstruction", "residual"):
         assert found[f"auxk {name}"] == found[name]
+
+
+def test_auxk_exchanges_in_blocks_the_last_of_which_is_smaller(monkeypatch):
+    """17 tokens of each device in blocks of 6, 6 and 5: no byte more, but three times the calls."""
+    loss = {"auxk_coefficient": 1 / 32, "k_aux": 8}
+    changes = {"train": {"batch_size": 68, "tokens": 680}, "loss": loss}
+    whole = table((1, 4), **changes)
+    monkeypatch.setattr(encode_xla, "_BLOCK_BYTES_ELSEWHERE", 32 * 4 * 64)  # 32 tokens, 64 latents
+    found = table((1, 4), **changes)
+    for name in ("tokens", "candidates", "kept counts", "reconstruction", "residual"):
+        kind, axis, calls, size = whole[f"auxk {name}"]
+        assert found[f"auxk {name}"] == (kind, axis, 3 * calls, size)
 
 
 def test_time_is_the_sum_of_its_parts_and_above_its_floors():

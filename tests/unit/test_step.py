@@ -8,15 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import explain
+from pallas_kernels.topk_encode import xla as encode_xla
 from saejax import mesh as mesh_lib
 from saejax.capacity import TopKConfig
+from saejax.model import sparse
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAEConfig
 from saejax.train.loss import LossConfig
 from saejax.train.optim import OptimizerConfig
 from saejax.train.spec import KernelConfig, bytes_over_data, loss_spec
 from saejax.train.state import abstract_state, create
-from saejax.train.step import auxk_blocks, auxk_capacities, jit_step, make_step
+from saejax.train.step import auxk_block_tokens, auxk_capacities, jit_step, make_step
 
 D, L, K, B = 8, 32, 3, 16
 SAE = SAEConfig(d_model=D, n_latents=L, k=K)
@@ -387,6 +390,25 @@ def test_a_kernel_that_cannot_run_here_is_refused():
         jax.eval_shape(step, state, jax.ShapeDtypeStruct((B, D), jnp.float32))
 
 
+@pytest.mark.parametrize(
+    "n_latents, shards, layout",
+    [
+        (72, 1, "dense, because n = 72 <= 24 k, k = 3"),
+        (80, 1, "rows, because n = 80 > 24 k, k = 3"),
+        (80, 2, "pairs, because n = 80 over 2 shards > 24 k, k = 3"),
+    ],
+)
+def test_the_layout_of_codes_is_told(n_latents, shards, layout):
+    sae = dataclasses.replace(SAE, n_latents=n_latents)
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshShape(1, shards))
+    loss = dataclasses.replace(LOSS, auxk_coefficient=0.0)
+    sizes = {"batch_tokens": B, "chunks": 1, "steps": 10}
+    step = make_step(sae, loss, OPTIMIZER, TopKConfig(), Normalizer(), mesh, **sizes)
+    batch_BD = jax.ShapeDtypeStruct((B, D), jnp.float32)
+    said = explain(step, abstract_state(sae, OPTIMIZER, 10), batch_BD).splitlines()
+    assert f"codes: {layout}" in said and any(line.startswith("topk_encode: ") for line in said)
+
+
 def test_the_dense_step_survives_a_residual_without_spread():
     mesh = mesh_lib.make_mesh(mesh_lib.MeshShape())
     sizes = {"batch_tokens": B, "chunks": 1, "steps": 10}
@@ -403,8 +425,47 @@ def test_the_dense_step_survives_a_residual_without_spread():
 
 
 @pytest.mark.parametrize(
-    "tokens, latents, blocks",
-    [(2048, 4096, 1), (2048, 131_072, 32), (2039, 131_072, 1), (30, 1, 1)],
+    "tokens, shards, latents, block",
+    [
+        (2048, 1, 4096, 2048),
+        (2048, 1, 131_072, 64),
+        (2040, 1, 131_072, 60),  # more blocks than the least, but equal
+        (2039, 1, 131_072, 64),  # a prime: 31 blocks of 64, and one of 55
+        (2039, 4, 131_072, 16),
+        (2039, 1, 2**24, 8),
+        (30, 1, 1, 30),
+    ],
 )
-def test_auxk_blocks_bound_its_pre_activations(tokens, latents, blocks):
-    assert auxk_blocks(tokens, 1, latents, platform="cpu") == blocks
+def test_auxk_blocks_bound_its_pre_activations(tokens, shards, latents, block):
+    assert auxk_block_tokens(tokens, shards, latents, platform="cpu") == block
+    most = sparse.block_tokens(latents, platform="cpu")
+    assert block * shards <= most and tokens // block <= 4 * -(-tokens // (most // shards))
+
+
+@pytest.mark.parametrize("mesh_shape, chunks", [((1, 1), 3), ((1, 2), 1)])
+def test_auxk_in_blocks_that_are_not_equal(monkeypatch, mesh_shape, chunks):
+    """17 tokens of each device, a prime, in blocks of 6, 6 and 5, train as dense autodiff does."""
+    monkeypatch.setattr(encode_xla, "_BLOCK_BYTES", {"cpu": 8 * 4 * L})
+    devices = mesh_shape[0] * mesh_shape[1]
+    dead = L // mesh_shape[1]
+    assert auxk_block_tokens(17, mesh_shape[1], dead, platform="cpu") == 6
+    mesh, tokens = mesh_lib.make_mesh(mesh_lib.MeshShape(*mesh_shape)), 17 * devices * chunks
+    x = np.random.default_rng(0).normal(size=(tokens, D)).astype(np.float32)
+    ends, metrics = {}, {}
+    for gradients in ("sparse", "dense"):
+        step = make_step(
+            *(SAE, LOSS, OPTIMIZER, TopKConfig(capacity_factor=None), Normalizer(), mesh),
+            batch_tokens=tokens,
+            chunks=chunks,
+            steps=10,
+            kernels=KernelConfig(gradients=gradients),
+        )
+        step = jit_step(step, abstract_state(SAE, OPTIMIZER, 10), mesh)
+        state, seen = step(silenced(create(0, SAE, OPTIMIZER, 10, x, mesh)), jnp.asarray(x))
+        ends[gradients], metrics[gradients] = jax.device_get((state, seen))
+    assert metrics["dense"].dead > LOSS.k_aux and metrics["dense"].auxk > 0
+    for got, want in zip(jax.tree.leaves(metrics["sparse"]), jax.tree.leaves(metrics["dense"])):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(ends["sparse"]), jax.tree.leaves(ends["dense"])):
+        scale = max(np.abs(want).max(), 1e-12)
+        np.testing.assert_allclose(got, want, atol=2e-4 * scale, rtol=0)
