@@ -89,7 +89,7 @@ def _mix(h: jax.Array) -> jax.Array:
 def list_files(folder: pathlib.Path) -> list[str]:
     """Names of all files under a folder, relative to it, in order of size and name.
 
-    None where there is no such folder; OSError where one cannot be listed, whose files are not
+    A folder that is not there has none. One that cannot be listed is an OSError: its files are not
     known to be missing.
     """
 

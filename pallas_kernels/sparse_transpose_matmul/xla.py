@@ -2,7 +2,7 @@
 
 Column j of the code touches every token once, so each pass adds `[B, D]` scaled rows into the
 `[L, D]` sum. On CPU the scatter is sequential, hence deterministic. (Adding latent by latent, as
-`weight_grads` does, is faster where pairs outnumber latents; attribution's rarely do.)
+`weight_grads` does for training, is faster where pairs outnumber latents.)
 """
 
 import jax

@@ -36,7 +36,7 @@ def _parts(n_tokens: int, k: int, n: int) -> int | None:
     """The fewest equal parts of which (latent, pair) is one key; None if too few pairs remain."""
     for parts in range(1, n_tokens + 1):
         pairs = n_tokens * k // parts
-        if pairs < n:  # a latent has one or none: it is in the cache at no time but this
+        if pairs < n:  # most latents have one pair or none, and nothing to gain
             return None
         if n_tokens % parts == 0 and n * pairs <= _KEYS:
             return parts

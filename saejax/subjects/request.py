@@ -44,8 +44,8 @@ class HarvestConfig:
       max_bytes: refuse to store more than this, and to be asked for more by `tokens`, whatever
         the text holds; None asks only for free space.
       dtype: precision of the forward pass; what is stored is always bfloat16. 'float32' is that on
-        accelerators, too, where 'bfloat16' is several times faster. The weights of a 'torch:'
-        subject are held in it, too.
+        accelerators, too, which are made for 'bfloat16'. The weights of a 'torch:' subject are
+        held in it, too.
       seed: seed of the permutation of contexts and of the rows' order in a shard.
       text: the text, or token ids made elsewhere.
     """

@@ -32,7 +32,8 @@ class StreamConfig:
         the number of contexts of a lane in one forward pass.
       lanes: parts of every batch with contexts and a buffer of their own; the sequence of batches
         depends on it, not on the devices, whose number must divide it. None: the least common
-        multiple of 8 and the devices, or one a device where the batch does not divide by that.
+        multiple of 8 and the devices, or one a device where the batch does not divide by that. A
+        device passes the contexts of all its lanes at once.
       buffer_batches: batches that the swap buffers hold together. Batches of 16 buffered ones and
         more were as good as an exact shuffle in our measurements.
     """
