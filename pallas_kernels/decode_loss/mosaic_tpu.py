@@ -110,7 +110,7 @@ def products(values_BK, indices_BK, w_LD, a_BD, *, out_dtype) -> tuple[jax.Array
     plan = _plan(indices_BK, words_LW.shape[1], values_BK is not None, a_BD is not None)
     blocks = pl.cdiv(tokens, _TOKENS)
     pad = blocks * _TOKENS - tokens
-    inputs = [jnp.pad(indices_BK, ((0, pad), (0, 0))).reshape(blocks, 1, -1), words_LW]
+    inputs = [_slot_by_slot(jnp.pad(indices_BK, ((0, pad), (0, 0)))), words_LW]
     if plan.decodes:
         rest = ((0, plan.k_padded - k), (0, pad))
         inputs.append(jnp.pad(values_BK.astype(jnp.float32).T, rest))
@@ -137,6 +137,17 @@ def products(values_BK, indices_BK, w_LD, a_BD, *, out_dtype) -> tuple[jax.Array
     rows = [outs.pop(0)] if plan.decodes else []
     inner = [outs.pop(0)[:k, :tokens].T] if plan.compares else []
     return *rows, *inner, *(error_1B[0, :tokens] for error_1B in outs)
+
+
+def _slot_by_slot(indices_BK: jax.Array) -> jax.Array:
+    """`[blocks, 1, K * 128]`: of each block the first slot of all its tokens, then the second, ...
+
+    Never `[B, K]` with the slots along lanes, of which they would fill few: XLA made such a copy to
+    put the slots of a token next to each other.
+    """
+    tokens, k = indices_BK.shape
+    by_block = indices_BK.T.reshape(k, tokens // _TOKENS, _TOKENS).swapaxes(0, 1)
+    return by_block.reshape(-1, 1, k * _TOKENS)
 
 
 def _in_specs(plan: _Plan, width: int) -> list[pl.BlockSpec]:
@@ -227,7 +238,7 @@ def _fetch(plan: _Plan, indices, words_LW, ring, arrived, unit):
 
     @pl.loop(0, plan.k)
     def _row(j):
-        row = pl.ds(indices[0, 0, token * plan.k + j], 1)
+        row = pl.ds(indices[0, 0, j * _TOKENS + token], 1)
         pltpu.make_async_copy(
             words_LW.at[row, columns], ring.at[slot, pl.ds(j, 1)], arrived.at[slot]
         ).start()

@@ -20,8 +20,8 @@ def dense_sparse_matmul(
 ) -> jax.Array:
     """`out[b] = sum_j values[b, j] * w[indices[b, j]]`.
 
-    In the backward pass the gradient of w is XLA's scatter-add, whichever kernel was named; on a
-    GPU it may add in another order on a rerun. `weight_grads` has kernels that do not.
+    In the backward pass the gradient of w is `sparse_transpose_matmul`'s, by XLA whichever kernel
+    was named: its order of addition is fixed, on GPUs too. `weight_grads` has kernels.
 
     Args:
       values_BK: `[B, K]` floating point.

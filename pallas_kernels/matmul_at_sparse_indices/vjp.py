@@ -19,8 +19,8 @@ def matmul_at_sparse_indices(
 ) -> jax.Array:
     """`out[b, j] = <a[b], w[indices[b, j]]>`.
 
-    In the backward pass the gradient of w is XLA's scatter-add, whichever kernel was named; on a
-    GPU it may add in another order on a rerun. `weight_grads` has kernels that do not.
+    In the backward pass the gradient of w is `sparse_transpose_matmul`'s, by XLA whichever kernel
+    was named: its order of addition is fixed, on GPUs too. `weight_grads` has kernels.
 
     Args:
       a_BD: `[B, D]` floating point.

@@ -4,6 +4,9 @@ Where the latents are split over many shards, each shard keeps few of the candid
 16 M latents on 512 shards and k = 256, half a latent per token out of six. Padded `[B, C]` codes
 would touch every slot; the list touches the pairs that are there. Its arrays are as long as all
 slots, so nothing can overflow; the products run over blocks of it, as many as are filled.
+
+By "xla", sums have an order that does not depend on timing; on a GPU, `decode` sorts the list by
+token for it. No product has a reverse derivative: how many blocks there are is known at run time.
 """
 
 import jax

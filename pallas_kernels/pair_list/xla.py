@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import ordered
+
 # Gathered rows of a block: enough work per pass, little memory beside the matrices.
 _BLOCK_BYTES = 2**26
 _MOST_PAIRS = 4096
@@ -36,6 +38,8 @@ def _over_blocks(count, arrays, width: int, start, body: Callable):
     The last block is moved back to end with the arrays; `body` gets a mask of what is new in it.
     """
     length = len(arrays[0])
+    if not length:
+        return start
     block = min(_MOST_PAIRS, max(_BLOCK_BYTES // (4 * width), 8), length)
 
     def one(i, carry):
@@ -50,16 +54,22 @@ def decode(values_P, tokens_P, latents_P, count, w_LD, n_tokens) -> jax.Array:
     """See `pallas_kernels.pair_list.api.decode`."""
     dtype = jnp.result_type(values_P, w_LD)
     wide = jnp.promote_types(dtype, jnp.float32)
+    by_token = ordered.needed()
 
     def body(total_BD, first, new, values, tokens, latents):
         del first
-        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=True).astype(wide)
-        return total_BD.at[tokens].add(
-            jnp.where(new, values, 0)[:, None].astype(wide) * rows, mode="drop"
-        )
+        rows = w_LD.at[latents].get(mode="clip", indices_are_sorted=not by_token).astype(wide)
+        scaled = jnp.where(new, values, 0)[:, None].astype(wide) * rows
+        if by_token:
+            return ordered.add_runs(total_BD, scaled, tokens)
+        return total_BD.at[tokens].add(scaled, mode="drop")
 
     start = jnp.zeros((n_tokens, w_LD.shape[1]), wide)
     arrays = (values_P, tokens_P, latents_P)
+    if by_token:  # the unused ones stay last
+        position_P = lax.iota(jnp.int32, len(tokens_P))
+        tokens_P, order_P = lax.sort((tokens_P, position_P), num_keys=1, is_stable=True)
+        arrays = (values_P[order_P], tokens_P, latents_P[order_P])
     return _over_blocks(count, arrays, w_LD.shape[1], start, body).astype(dtype)
 
 
@@ -87,7 +97,7 @@ def add_outer(total_LD, values_P, tokens_P, latents_P, count, a_BD) -> jax.Array
         del first
         rows = a_BD.at[tokens].get(mode="clip").astype(wide)
         scaled = jnp.where(new, values, 0)[:, None].astype(wide) * rows
-        return total_LD.at[latents].add(scaled, mode="drop", indices_are_sorted=True)
+        return ordered.add_runs(total_LD, scaled, latents)
 
     arrays, start = (values_P, tokens_P, latents_P), total_LD.astype(wide)
     return _over_blocks(count, arrays, a_BD.shape[1], start, body).astype(dtype)

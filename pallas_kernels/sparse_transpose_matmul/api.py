@@ -18,6 +18,8 @@ def sparse_transpose_matmul(
 ) -> jax.Array:
     """`out[l] = sum over (b, j) with indices[b, j] = l of values[b, j] * a[b]`.
 
+    By "xla" the pairs of a latent are added in an order that does not depend on timing.
+
     Args:
       values_BK: `[B, K]` floating point.
       indices_BK: `[B, K]` int32 in [0, n).

@@ -162,8 +162,8 @@ def redo(
         values_FK, indices_FK = top_k(h_FL + b_L, k)
         return (
             start + tokens,
-            values_BK.at[chosen_F].set(values_FK, mode="drop"),
-            indices_BK.at[chosen_F].set(indices_FK, mode="drop"),
+            values_BK.at[chosen_F].set(values_FK, mode="drop", unique_indices=True),
+            indices_BK.at[chosen_F].set(indices_FK, mode="drop", unique_indices=True),
         )
 
     start = jnp.zeros((), jnp.int32)

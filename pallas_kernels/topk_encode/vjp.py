@@ -22,8 +22,8 @@ def topk_encode(
 
     Products are accumulated, and the selection is made, in float32 (or wider, for wider inputs).
     The gradient of the selection itself is zero (Gao et al. 2024, App. D). In the backward pass
-    those of w and b are XLA's scatter-adds, whatever implementation was named; on a GPU they may
-    add in another order on a rerun. `weight_grads` has kernels that do not.
+    those of w and b are `sparse_transpose_matmul`'s, by XLA whatever implementation was named;
+    their order of addition is fixed, on GPUs too. `weight_grads` has kernels.
 
     Args:
       x_BD: `[B, D]` floating point.
@@ -53,8 +53,8 @@ def _backward(k, implementation, residuals, cotangents):
     x_BD, w_LD, b_L, indices_BK = residuals
     d_values_BK, _, _ = cotangents
     d_w_LD = sparse_transpose_matmul(d_values_BK, indices_BK, x_BD, len(w_LD))
-    d_b_L = jnp.zeros(len(w_LD), d_values_BK.dtype)
-    d_b_L = d_b_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
+    ones_B1 = jnp.ones((len(x_BD), 1), d_values_BK.dtype)
+    d_b_L = sparse_transpose_matmul(d_values_BK, indices_BK, ones_B1, len(w_LD))[:, 0]
     # Needed by attribution, not by training: there the compiler drops it.
     d_x_BD = dense_sparse_matmul(d_values_BK, indices_BK, w_LD)
     return d_x_BD.astype(x_BD.dtype), d_w_LD.astype(w_LD.dtype), d_b_L.astype(b_L.dtype)

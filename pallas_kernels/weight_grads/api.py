@@ -36,8 +36,8 @@ def weight_grads(
 ) -> WeightGrads:
     """Sums `values * e[token]`, `d_values * x[token]` and `d_values` over each latent's pairs.
 
-    The kernels, and XLA on CPU, add the pairs of a latent in an order that does not depend on
-    timing; XLA's scatter-adds on a GPU may not. Not differentiable: it is a gradient already.
+    The pairs of a latent are added in an order that does not depend on timing (by the reference on
+    a GPU it may). Not differentiable: it is a gradient already.
     `sparse_transpose_matmul` is one of its sums.
 
     Args:

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, ordered
 from pallas_kernels.pair_list import xla as pair_list
+from pallas_kernels.pair_list.pairs import Pairs
+from pallas_kernels.weight_grads import segments
 
 # XLA on CPU runs a loop's body on one core if it is short; this many rounds of it are not.
 _UNROLL = 8
@@ -17,7 +19,9 @@ _KEYS = 2**32
 def weight_grads(values_BK, d_values_BK, indices_BK, e_BD, x_BD, n: int, *, totals=None):
     """See `pallas_kernels.weight_grads.api.weight_grads`."""
     totals = _totals(totals, (values_BK, d_values_BK), e_BD, x_BD, n)
-    # An accelerator adds a batch of rows at once; its rounds should be few.
+    if ordered.needed():
+        return _add_list(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD)
+    # A TPU adds a batch of rows at once; its rounds should be few.
     on_cpu = dispatch.current_target().platform == "cpu"
     parts = _parts(*indices_BK.shape, n) if on_cpu else None
     add = _add_columns if parts is None else _add_sorted
@@ -102,15 +106,22 @@ def _add_columns(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD):
     return w_dec_LD, w_enc_LD, bias_L
 
 
+def _add_list(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD):
+    """As one list of pairs, whose sums have one order on GPUs too."""
+    found = segments.sort_pairs(indices_BK)
+    values_P, d_values_P = (a.reshape(-1)[found.order_P] for a in (values_BK, d_values_BK))
+    count = jnp.int32(indices_BK.size)
+    pairs = Pairs(values_P, found.tokens_P, found.latents_P, count)
+    return weight_grads_of_pairs(pairs, d_values_P, e_BD, x_BD, len(totals[2]), totals=totals)
+
+
 def weight_grads_of_pairs(pairs, d_values_P, e_BD, x_BD, n: int, *, totals=None):
     """See `pallas_kernels.weight_grads.api.weight_grads_of_pairs`."""
     w_dec_LD, w_enc_LD, bias_L = _totals(totals, (pairs.values_P, d_values_P), e_BD, x_BD, n)
     where = (pairs.tokens_P, pairs.latents_P, pairs.count)
     w_dec_LD = pair_list.add_outer(w_dec_LD, pairs.values_P, *where, e_BD)
     w_enc_LD = pair_list.add_outer(w_enc_LD, d_values_P, *where, x_BD)
-    bias_L = bias_L.at[pairs.latents_P].add(
-        d_values_P.astype(bias_L.dtype), mode="drop", indices_are_sorted=True
-    )
+    bias_L = ordered.add_runs(bias_L, d_values_P.astype(bias_L.dtype), pairs.latents_P)
     return w_dec_LD, w_enc_LD, bias_L
 
 

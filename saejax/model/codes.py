@@ -199,9 +199,9 @@ def make_code(
         return PairCode(pairs, pairs.latents_P < n_latents, len(values_BC))
     if kind is RowCode:
         return RowCode(values_BC, indices_BC, kept_BC)
-    rows_B1 = jnp.arange(len(values_BC))[:, None]
+    where = (jnp.arange(len(values_BC))[:, None], indices_BC)
     shape = (len(values_BC), n_latents)
     return DenseCode(
-        jnp.zeros(shape, values_BC.dtype).at[rows_B1, indices_BC].set(values_BC),
-        jnp.zeros(shape, bool).at[rows_B1, indices_BC].set(kept_BC),
+        jnp.zeros(shape, values_BC.dtype).at[where].set(values_BC, unique_indices=True),
+        jnp.zeros(shape, bool).at[where].set(kept_BC, unique_indices=True),
     )

@@ -127,8 +127,8 @@ def _encode_backward(k, dtype, residuals, cotangents):
     d_values_BK, _ = cotangents
     n_latents = w_enc_LD.shape[0]
     d_w_LD = sparse_transpose_matmul(d_values_BK, indices_BK, x_BD - pre_bias_D, n_latents)
-    d_bias_L = jnp.zeros(n_latents, d_values_BK.dtype)
-    d_bias_L = d_bias_L.at[indices_BK.reshape(-1)].add(d_values_BK.reshape(-1))
+    ones_B1 = jnp.ones((len(x_BD), 1), d_values_BK.dtype)
+    d_bias_L = sparse_transpose_matmul(d_values_BK, indices_BK, ones_B1, n_latents)[:, 0]
     d_pre_D = -jnp.matmul(d_bias_L, w_enc_LD, precision=PRECISION)
     # Needed by attribution, not by training: there the compiler drops it.
     d_x_BD = dense_sparse_matmul(d_values_BK, indices_BK, w_enc_LD)

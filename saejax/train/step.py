@@ -133,7 +133,10 @@ def _add_auxk(capacity, gradients, params, weights, dead_L, x_NbD, e_NbD, spec: 
     for name, rows in update.items():
         rows = jnp.where(finite, rows * spec.loss.auxk_coefficient, 0)
         total = gradients[name]
-        total = total + rows if whole else total.at[rows_C].add(rows, mode="drop")
+        if whole:
+            total = total + rows
+        else:  # said to be distinct, so that a GPU adds them without atomics
+            total = total.at[rows_C].add(rows, mode="drop", unique_indices=True)
         gradients = gradients | {name: total}
     return gradients, jnp.where(finite, auxk, 0), 1 - finite.astype(jnp.int32), cut
 

@@ -4,6 +4,7 @@ A step that the guard does not accept leaves all of it, and the dead counters, b
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from saejax.train import guard, optim
 from saejax.types import GuardState, Params, TrainState
 
 _MATRICES = ("w_enc", "w_dec")
+# Its sums over shards are the compiler's own collectives: they have the plan's name by this scope.
+_NORM = "gradient norm"
 
 
 class Judged(NamedTuple):
@@ -60,10 +63,10 @@ def apply_gradients(
     """
     squared, scale = None, jnp.ones((), learning_rate.dtype)
     if optimizer.clip_norm is not None:  # its size must be known before anything is updated
-        squared = _squared_norm(gradients, state.params, optimizer)
+        squared = _squared_norm(_projected(gradients, state.params, optimizer))
         scale = jnp.minimum(1, optimizer.clip_norm / jnp.sqrt(squared))
     # Of the raw gradient where no other is known yet: one read of it, not two of the decoder's.
-    seen = optax.tree.norm(gradients, squared=True) if squared is None else squared
+    seen = _squared_norm(gradients) if squared is None else squared
     accept, judged_state = judged.accept(state, seen)
     scalars = sparse.RowScalars(learning_rate, state.guard.updates + 1, scale, accept)
     moments = {name: optax.tree.get(state.opt_state, name) for name in ("mu", "nu")}
@@ -78,7 +81,7 @@ def apply_gradients(
         return {name: getattr(updated[name], field) for name in state.params}
 
     if squared is None:
-        squared = sum(rows.squared_norm_L.sum() for rows in updated.values())
+        squared = _summed(rows.squared_norm_L for rows in updated.values())
     opt_state = optax.tree.set(
         state.opt_state,
         mu=collected("mu_LD"),
@@ -195,7 +198,17 @@ def _update_vector(name, arrays, ema, scalars, optimizer, mesh) -> sparse.RowUpd
     return jax.tree.map(lambda array: array[0], sparse.RowUpdated(*kept, *done[4:]))
 
 
-def _squared_norm(gradients: Params, params: Params, optimizer: optim.OptimizerConfig):
-    if optimizer.project_decoder_gradient:
-        gradients = optim.project_decoder_gradient(gradients, params)
+def _projected(gradients: Params, params: Params, optimizer: optim.OptimizerConfig) -> Params:
+    if not optimizer.project_decoder_gradient:
+        return gradients
+    return optim.project_decoder_gradient(gradients, params)
+
+
+@jax.named_scope(_NORM)
+def _squared_norm(gradients: Params) -> jax.Array:
     return optax.tree.norm(gradients, squared=True)
+
+
+@jax.named_scope(_NORM)
+def _summed(parts: Iterable[jax.Array]) -> jax.Array:
+    return sum(part.sum() for part in parts)

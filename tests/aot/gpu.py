@@ -105,7 +105,7 @@ def compile_for_gpu(function: Callable, *args: Any) -> Compiled:
     """
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no driver here to ask for its version
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-    here = NamedSharding(Mesh(np.array(_devices()[:1]), ("one",)), PartitionSpec())
+    here = NamedSharding(Mesh(np.array(devices()), ("one",)), PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), args)
     with dispatch.target("gpu", DEVICE_KIND), _uncached():
         lowered = jax.jit(function).lower(*placed)
@@ -118,10 +118,27 @@ def compile_for_gpu(function: Callable, *args: Any) -> Compiled:
     )
 
 
-def _devices() -> list[jax.Device]:
+def devices(count: int = 1) -> list[jax.Device]:
+    """So many H200s of one host, to compile for."""
     return topologies.get_topology_desc(
-        "", platform="cuda", topology="1x1x1", target_config=_TARGET_CONFIG
+        "", platform="cuda", topology=f"1x1x{count}", target_config=_TARGET_CONFIG
     ).devices
+
+
+_SCATTER = re.compile(r"^\s.* = \(?(\w+)\[.*? scatter\(.*$", re.MULTILINE)
+
+
+def unordered_scatters(text: str) -> list[str]:
+    """Scatters of an optimized program whose result may depend on timing.
+
+    Those that may name one place twice, unless they add up whole numbers, of which the order does
+    not matter.
+    """
+    return [
+        found[0].strip()
+        for found in _SCATTER.finditer(text)
+        if "unique_indices=true" not in found[0] and found[1][0] not in "su"
+    ]
 
 
 @contextlib.contextmanager

@@ -58,7 +58,13 @@ def totals(collectives) -> dict[tuple, float]:
 def test_the_compiled_step_is_the_planned_one():
     work, result = compiled(RECIPE, "v5e:2x2")
     assert not result.unread
-    assert rows(result.collectives) == rows(expected_collectives(work))
+    expected = expected_collectives(work)
+    assert rows(result.collectives) == rows(expected)
+    # The compiler merges the sums, and adds those of the gradient's norm to them.
+    small, planned = (
+        sum(c.bytes for c in found if c.name in SCALARS) for found in (result.collectives, expected)
+    )
+    assert planned <= small <= planned + 64
     assert result.arguments == pytest.approx(
         sum(work.state_bytes.values()) + 2 * work.own_rows * work.width, rel=0.01
     )
