@@ -74,6 +74,8 @@ EXTRAS = {
     "hub": ["huggingface_hub>=0.30"],
     # .zst and .parquet files, tokenizers other than GPT-2's, streamed datasets (4.0: no scripts).
     "text": ["zstandard>=0.22", "pyarrow>=16", "tokenizers>=0.20", "datasets>=4.0"],
+    # Image files, for vision towers; their preprocessing is that of transformers.
+    "images": ["pillow>=10", "transformers>=5"],
     # Subject models without a decoder in JAX; PyTorch brings CUDA unless its CPU index is named.
     "torch": ["torch>=2.6", "transformers>=5"],
     # What the benchmarks can race against; the README says what else and how.

@@ -43,6 +43,7 @@ CONFIGURABLES: dict[str, str] = {
     "Synthetic": "saejax.data.synthetic:SyntheticConfig",
     "Text": "saejax.data.corpus:TextConfig",
     "Tokens": "saejax.data.token_arrays:TokensConfig",
+    "Images": "saejax.data.images:ImagesConfig",
     "Loader": "saejax.data.loader:LoaderConfig",
     "SAE": "saejax.model.sae:SAEConfig",
     "Loss": "saejax.train.loss:LossConfig",

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from saejax import exits, processes, watchdog
+from saejax.data.corpus import TextConfig
 from saejax.data.shards import Store
 from saejax.data.storage import describe_store, describe_stream, duration, plan_of, plan_store
-from saejax.data.token_arrays import TokensConfig
 from saejax.rundir import RunDirectory
 from saejax.subjects.harvest import (
     SPLITS,
@@ -82,7 +82,7 @@ class HarvestRun:
             }
             plans = [plan_store(cfg.tokens, widths, cfg.context_length, **size)]
         else:
-            ids_only = isinstance(cfg.text, TokensConfig)
+            ids_only = not isinstance(cfg.text, TextConfig)
             subject = describe_subject(cfg.subject, dtype=cfg.dtype, ids_only=ids_only)
             cfg, subject = resolve_request(cfg, subject)
             check_asked(cfg, subject)

@@ -251,13 +251,14 @@ class Experiment:
         extra: dict[str, Any] = {"dead_fraction_train": fitted.dead_fraction}
         if source.synthetic is not None:
             extra["recovery"] = recovery_scores(source, fitted)
+        wanted = source.inputs is not None and self.evaluation.downstream_tokens != 0
         result, statistics = evaluate(
             fitted.sae,
             source.held_out,
             self.evaluation,
             train_rows=source.train_rows,
             untrained=fitted.untrained(),
-            inputs=None if source.inputs is None else source.inputs(),
+            inputs=source.inputs() if wanted else None,  # which loads the subject
             extra=extra,
         )
         write_json(run.evaluation, result)
@@ -281,7 +282,7 @@ class Experiment:
             statistics=statistics,
             contexts=source.contexts,
             documents=source.documents,
-            subject=source.subject,
+            subject=None if source.subject is None else source.subject(),
             site=source.site,
             operative=operative_gin,
             page=run.report,

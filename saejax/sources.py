@@ -1,6 +1,7 @@
 """From a data configuration to everything the stages of a run read from it."""
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -18,12 +19,15 @@ from saejax.data.shards import Store, open_store
 from saejax.data.synthetic import Synthetic, SyntheticConfig
 from saejax.evals.downstream import DownstreamInputs
 from saejax.latents.summaries import ContextBlock
+from saejax.mesh import subject_mesh
 from saejax.model.sae import SAEConfig
 from saejax.subjects.base import Subject
+from saejax.subjects.filling import own_mesh
 from saejax.subjects.harvest import HarvestConfig, harvest
 from saejax.subjects.hf import TORCH, load_subject
 from saejax.subjects.request import open_subject, resolve_request
 from saejax.subjects.streaming import SiteBatches, StreamConfig, open_stream
+from saejax.subjects.weights import DTYPES
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,10 +43,16 @@ class StoredConfig:
       path: folder (or gs://, s3:// URL) that holds the stores 'train' and 'held_out'.
       subject: the subject model they come from, for the loss with the reconstruction put back;
         None leaves that part of the evaluation out.
+      subject_shards: devices that share its weights, in the precision that they were harvested in.
     """
 
     path: str
     subject: str | None = None
+    subject_shards: int = 1
+
+    def __post_init__(self) -> None:
+        if self.subject_shards < 1:
+            raise ValueError(f"Stored.subject_shards = {self.subject_shards}: must be at least 1.")
 
 
 DataConfig = HarvestConfig | StoredConfig | StreamConfig | SyntheticConfig
@@ -62,7 +72,8 @@ class Source:
       contexts: starts a pass over held-out contexts with their activations; None if there is no
         text behind the data.
       documents: names of the held-out documents.
-      subject: the subject model, or None.
+      subject: gives the subject model, for the evaluation, with one copy of the weights on devices
+        of this process alone; None without one. Weights that are not there are read again.
       site: where it was tapped, or None.
       inputs: makes the inputs of the downstream evaluation; None without a subject, or with one
         that has no logits here (`torch_adapter.TorchSubject`).
@@ -75,7 +86,7 @@ class Source:
     identity: dict[str, str]
     contexts: Callable[[], Iterator[ContextBlock]] | None = None
     documents: tuple[str, ...] = ()
-    subject: Subject | None = None
+    subject: Callable[[], Subject] | None = None
     site: str | None = None
     inputs: Callable[[], DownstreamInputs] | None = None
     synthetic: Synthetic | None = None
@@ -111,9 +122,9 @@ def open_source(
     if isinstance(config, StoredConfig):
         root = config.path.rstrip("/")
         train, held_out = (open_store(f"{root}/{split}") for split in ("train", "held_out"))
-        subject = None if config.subject is None else _subject_of(train, config.subject)
+        subject = None if config.subject is None else _subject_of(train, config)
     else:
-        subject = open_subject(config)
+        subject = open_subject(config, on_devices=True)
         subject.check_site(config.site)
         check_width(sae, subject.width(config.site), f"site {config.site} of {subject.name}")
         train, held_out = harvest(
@@ -125,16 +136,40 @@ def open_source(
             process_count=jax.process_count(),
             log=watchdog.beating(_LOG.info),
         )[config.site]
+        if isinstance(subject, Subject):
+            subject = subject.without_weights()  # the devices are the training's until it ends
     for store in (train, held_out):
         check_width(sae, store.spec.d_model, f"the store at {store.path}")
     _check_same_origin(train, held_out)
-    return _stored_source(train, held_out, subject, loader, batch_size)
+    return _stored_source(train, held_out, subject, config.subject_shards, loader, batch_size)
 
 
-def _subject_of(store: Store, name: str) -> Subject:
-    """The subject of a store, as `subjects.request.open_subject` loaded it for the harvest."""
-    dtype = store.spec.compute_dtype if name.startswith(TORCH) else "float32"
-    return load_subject(name, dtype=dtype, ids_only=True)  # the tokens are in the store
+def _subject_of(store: Store, config: StoredConfig) -> Subject:
+    """The subject of a store, as `subjects.request.open_subject` loaded it for the harvest.
+
+    It has no weights yet: they were loaded to be compared with the store's fingerprint, which tells
+    in which precision they were held, too.
+
+    Raises:
+      ValueError: the weights are others in either.
+    """
+    spec, name, found = store.spec, config.subject, []
+    options: dict[str, Any] = {"ids_only": True}  # the tokens are in the store
+    dtypes: tuple[str, ...] = (spec.compute_dtype,)
+    if not name.startswith(TORCH):
+        dtypes, options["mesh"] = DTYPES, own_mesh(config.subject_shards, 1)
+    for dtype in dtypes:
+        subject = load_subject(name, dtype=dtype, **options)
+        if isinstance(subject, Subject):
+            subject = subject.without_weights()
+        if subject.fingerprint == spec.subject_fingerprint:
+            return subject
+        found.append(f"{subject.fingerprint} in {dtype}")
+    raise ValueError(
+        f"the store at {store.path} was made with subject {spec.subject!r} of fingerprint "
+        f"{spec.subject_fingerprint}, but the given subject {subject.name!r} has "
+        f"{' and '.join(found)}; give the same weights"
+    )
 
 
 def check_width(sae: SAEConfig, width: int, what: str) -> None:
@@ -174,19 +209,17 @@ def _synthetic_source(config: SyntheticConfig, batch_size: int) -> Source:
 
 
 def _stored_source(
-    train: Store, held_out: Store, subject: Subject | None, loader: LoaderConfig, batch_size: int
+    train: Store,
+    held_out: Store,
+    subject: Subject | None,
+    shards: int,
+    loader: LoaderConfig,
+    batch_size: int,
 ) -> Source:
-    spec = train.spec
-    if subject is not None and subject.fingerprint != spec.subject_fingerprint:
-        raise ValueError(
-            f"the store at {train.path} was made with subject {spec.subject!r} of fingerprint "
-            f"{spec.subject_fingerprint}, but the given subject {subject.name!r} has "
-            f"{subject.fingerprint}; give the same weights"
-        )
-
     return _text_source(
         held_out,
         subject,
+        None if subject is None else _on_own_devices(subject, shards),
         batches=Loader(train, batch_size, loader),
         train_rows=lambda: (chunk for chunk, _, _ in train.rows()),
         mean_D=np.asarray(train.manifest["mean"]),
@@ -215,7 +248,7 @@ def open_streams(
     """
     sites = tuple(saes)
     held_out = dataclasses.replace(config.held_out, site=sites[0], sites=sites[1:])
-    subject = open_subject(held_out)
+    subject = open_subject(held_out, mesh=subject_mesh(mesh, held_out.subject_shards))
     for site, sae in saes.items():
         check_width(sae, subject.width(site), f"site {site} of {subject.name}")
     held_out, subject = resolve_request(held_out, subject)
@@ -230,7 +263,7 @@ def open_streams(
         log=log,
     )
     stream, identity = open_stream(config, subject, held_out.all_sites, batch_size, mesh, log)
-    sources = {}
+    sources, loaded = {}, _on_own_devices(subject, held_out.subject_shards)
     for asked, site in zip(sites, held_out.all_sites, strict=True):
         batches = SiteBatches(stream, site, subject.width(site))
         # Now, while all processes are here: evaluation is the work of one.
@@ -238,6 +271,7 @@ def open_streams(
         sources[asked] = _text_source(
             stored[site][0],
             subject,
+            loaded,
             batches=batches,
             train_rows=lambda rows=rows: iter([rows]),
             mean_D=rows.mean(0, dtype=np.float64),
@@ -246,16 +280,30 @@ def open_streams(
     return sources
 
 
+def _on_own_devices(subject: Subject, shards: int) -> Callable[[], Subject]:
+    """Gives the subject for the evaluation, the work of one process, which takes one copy.
+
+    Nothing is placed before it is called, and then once.
+    """
+    if not isinstance(subject, Subject):
+        return lambda: subject
+    return functools.cache(lambda: subject.place(own_mesh(shards, 1)))
+
+
 def _text_source(
     held_out: Store,
     subject: Subject | None,
+    loaded: Callable[[], Subject] | None,
     *,
     batches: Any,
     train_rows: Callable[[], Iterator[np.ndarray]],
     mean_D: np.ndarray,
     identity: dict[str, str],
 ) -> Source:
-    """A source whose held-out activations are stored, with the text behind them."""
+    """A source whose held-out activations are stored, with the text behind them.
+
+    `subject` need have no weights; `loaded` gives it with them.
+    """
     spec = held_out.spec
     site = spec.site if subject is None else subject.resolve_site(spec.site)
     runs_here = isinstance(subject, Subject)
@@ -268,7 +316,7 @@ def _text_source(
 
     def inputs() -> DownstreamInputs:
         return DownstreamInputs(
-            subject=subject,
+            subject=loaded(),
             contexts=tokens_of(held_out),
             site=site,
             mean=mean_D,
@@ -282,7 +330,7 @@ def _text_source(
         identity=identity | {"held_out": held_out.manifest["sha256"]},
         contexts=lambda: contexts_of(held_out),
         documents=held_out.documents,
-        subject=subject,
+        subject=loaded,
         site=site,
         inputs=inputs if runs_here else None,
     )

@@ -107,6 +107,10 @@ def describe(store: Store) -> str:
         ),
         _row("variance", f"{manifest['total_variance']:.5g} in all"),
         _row("sha256", manifest["sha256"]),
+        *(
+            _row("computed" if i == 0 else "", ", ".join(f"{k} {v}" for k, v in how.items()))
+            for i, how in enumerate(manifest.get("computations", ()))
+        ),
         *(_row("origin" if i == 0 else "", text) for i, text in enumerate(_origin(manifest))),
         "",
         f"  {'position':<18}{'rows':>14}{'mean norm':>14}",

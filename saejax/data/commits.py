@@ -11,9 +11,12 @@ from saejax.data.records import SUMS, CorruptStoreError
 class Commits:
     """The records of one store, each verified when it is read."""
 
-    def __init__(self, files: Files, spec: StoreSpec) -> None:
-        """Reads nothing yet."""
-        self._files, self._spec = files, spec
+    def __init__(
+        self, files: Files, spec: StoreSpec, computation: Mapping[str, Any] | None = None
+    ) -> None:
+        """Reads nothing yet; `computation` is said of every shard that is published."""
+        self._files = files
+        self._said = {"computation": dict(computation)} if computation else {}
         self._accepted = (spec.fingerprint(), spec.former_fingerprint())
         self._kept: dict[int, dict[str, Any]] = {}
 
@@ -29,9 +32,9 @@ class Commits:
         """Whether one shard has a record."""
         return shard in self._kept or self.absent(shard) is None
 
-    def publish(self, shard: int, record: Mapping[str, Any], absent: bytes) -> bool:
+    def publish(self, shard: int, record: dict[str, Any], absent: bytes) -> bool:
         """Writes a record that is still missing; False when another writer was first."""
-        return self._files.write_if(name_of(shard), record, absent)
+        return self._files.write_if(name_of(shard), record | self._said, absent)
 
     def record(self, shard: int) -> dict[str, Any]:
         """The record of one shard without its sums, which are as wide as a row."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 FORMAT = "saejax-store-2"
@@ -134,6 +135,26 @@ class ShardRows:
     document: np.ndarray
     offset: np.ndarray
 
+    @classmethod
+    def of(
+        cls,
+        spec: StoreSpec,
+        table: np.ndarray,
+        bits_ND: np.ndarray,
+        stored_N: np.ndarray,
+        lead: int,
+    ) -> "ShardRows":
+        """From a shard's context table, its rows as uint16 and `Store.lead`."""
+        shape = (spec.contexts_per_shard, spec.rows_per_context)
+        return cls(
+            rows=bits_ND.reshape(*shape, spec.d_model).view(ml_dtypes.bfloat16),
+            stored=stored_N.reshape(shape),
+            tokens=table[:, CONTEXT_COLUMNS : CONTEXT_COLUMNS + spec.context_length],
+            context=table[:, 0],
+            document=table[:, 1],
+            offset=table[:, 2].astype(np.int64) - lead,
+        )
+
 
 def random_keys(shape: tuple[int, ...], seed: int, stream: int, index: int = 0) -> np.ndarray:
     """uint64 sort keys, a pure function of (seed, stream, index).
@@ -248,7 +269,14 @@ def check_same(path: str, stored: StoreSpec, wanted: StoreSpec) -> None:
     keys = [key for key in old if key != "subject" and old[key] != new[key]]
     differing = [f"{key}: stored {old[key]!r}, wanted {new[key]!r}" for key in keys]
     if differing:
+        hint = ""
+        if "subject_fingerprint" in keys:
+            hint = (
+                "The fingerprint follows the subject's weights and the type they are held in: give "
+                "the same weights, in the Harvest.weights_dtype that the store was made with "
+                "(Harvest.dtype for a 'torch:' subject). "
+            )
         raise ValueError(
-            f"{path} holds the activations of another spec ({'; '.join(differing)}). "
+            f"{path} holds the activations of another spec ({'; '.join(differing)}). {hint}"
             "Choose another path, or delete that store."
         )

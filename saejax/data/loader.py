@@ -19,6 +19,7 @@ import numpy as np
 from saejax.data.feed import Provenance, Ranges, check_ranges
 from saejax.data.layout import CHUNK_STREAM, SHARD_STREAM, permutation, random_keys
 from saejax.data.pending import Pending
+from saejax.data.recent import Recent
 from saejax.data.shards import Store
 
 _SHARDS_KEPT = 256
@@ -70,9 +71,9 @@ class Loader:
         self.tokens_per_epoch = store.n_rows
         self.wait_seconds = 0.0
         self._cfg = cfg or LoaderConfig()
-        self._orders: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-        self._of_shard: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-        self._recent: collections.OrderedDict[tuple[int, int], Pending] = collections.OrderedDict()
+        self._orders: Recent[int, np.ndarray] = Recent(_ORDERS_KEPT)
+        self._of_shard: Recent[int, np.ndarray] = Recent(_SHARDS_KEPT)
+        self._recent: Recent[tuple[int, int], Pending] = Recent(self._cfg.prefetch + 2)
 
     def batch(self, step: int, ranges: Ranges | None = None) -> np.ndarray:
         """The rows `ranges` of batch `step`, all by default: bfloat16 [b, D]; only those are read.
@@ -170,19 +171,12 @@ class Loader:
             start += end - slot
 
     def _order(self, epoch: int, per_batch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = chunk_order(self.store.chunks, per_batch, self._cfg.seed, epoch)
-            while len(self._orders) > _ORDERS_KEPT:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
+        chunks, seed = self.store.chunks, self._cfg.seed
+        return self._orders.get(epoch, lambda: chunk_order(chunks, per_batch, seed, epoch))
 
     def _origins(self, shard: int) -> np.ndarray:
         """uint32 `[C, 2]`: context and document of each row of `store.read_contexts(shard)`."""
-        if shard not in self._of_shard:
-            self._of_shard[shard] = self.store.read_contexts(shard)[:, :2].copy()
-            while len(self._of_shard) > _SHARDS_KEPT:
-                self._of_shard.popitem(last=False)
-        return self._of_shard[shard]
+        return self._of_shard.get(shard, lambda: self.store.read_contexts(shard)[:, :2].copy())
 
     def _start(self, step: int, ranges: Ranges | None) -> list[tuple[Pending, int, int]]:
         return [(self._read(s, c, b - a), a, b) for s, c, a, b in self._pieces(step, ranges)]
@@ -191,12 +185,7 @@ class Loader:
         if rows == self.store.spec.contexts_per_shard:
             return self.store.read_chunk(shard, chunk)
         # Other batches, or other ranges of this one, want the rest: keep the latest chunks.
-        key = shard, chunk
-        if key not in self._recent:
-            self._recent[key] = self.store.read_chunk(shard, chunk)
-            while len(self._recent) > self._cfg.prefetch + 2:
-                self._recent.popitem(last=False)
-        return self._recent[key]
+        return self._recent.get((shard, chunk), lambda: self.store.read_chunk(shard, chunk))
 
 
 def check_batch_size(batch_size: int, contexts_per_shard: int) -> None:

@@ -36,8 +36,14 @@ class Document:
     text: str
 
 
-def extra(module: str, needed_for: str) -> Any:
+def extra(module: str, needed_for: str, package: str = "", group: str = "text") -> Any:
     """Imports an optional package.
+
+    Args:
+      module: what is imported.
+      needed_for: begins the message.
+      package: what is installed, where it is not called as the module is.
+      group: the extra of ours that brings it.
 
     Raises:
       ValueError: it is not installed; says how to install it.
@@ -45,11 +51,12 @@ def extra(module: str, needed_for: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name != package:
+        top = module.partition(".")[0]
+        if error.name != top:
             raise
+        package = package or top
         raise ValueError(
-            f"{needed_for} needs the package {package}: pip install {package} (or saejax[text])"
+            f"{needed_for} needs the package {package}: pip install {package} (or saejax[{group}])"
         ) from error
 
 

@@ -64,17 +64,17 @@ def merge(
     """The manifest of a complete store from its commit records, in order; read once, none kept.
 
     Returns:
-      `spec`, `fingerprint`, `rows`, `chunks` (of every shard), `left_out` (rows not stored, by
-      reason), `contexts`, `documents` (how many), `mean` (list [D]), `mean_norm` (mean of ||x||),
-      `mean_sq_norm`, `total_variance` (mean of ||x - mean||^2), `count_by_position`,
-      `norm_by_position` and `rms_norm_by_position` (lists [R], the first is of position
-      `first_position`; None where no row is stored), `sha256` (of all shards) and `provenance` as
-      given.
+      `spec`, `fingerprint`, `rows`, `chunks` (of every shard), `computations` (see
+      `Store.begun_with`; each once), `left_out` (rows not stored, by reason), `contexts`,
+      `documents` (how many), `mean` (list [D]), `mean_norm` (mean of ||x||), `mean_sq_norm`,
+      `total_variance` (mean of ||x - mean||^2), `count_by_position`, `norm_by_position` and
+      `rms_norm_by_position` (lists [R], the first is of position `first_position`; None where no
+      row is stored), `sha256` (of all shards) and `provenance` as given.
 
     Raises:
       ValueError: no row is left to store.
     """
-    rows, chunks, digests = 0, [], []
+    rows, chunks, digests, computations = 0, [], [], {}
     left_out = dict.fromkeys(LEFT_OUT, 0)
     total = {key: np.zeros(spec.rows_per_context) for key in SUMS}
     total["sum"] = np.zeros(spec.d_model)
@@ -82,10 +82,10 @@ def merge(
         rows += record["rows"]
         chunks.append(record["chunks"])
         digests.append(record["sha256"])
-        for key in LEFT_OUT:
-            left_out[key] += record["left_out"][key]
-        for key in SUMS:
-            total[key] += record[key]
+        if computation := record.get("computation"):
+            computations[sha256(_canonical(computation))] = computation
+        left_out = {key: left_out[key] + record["left_out"][key] for key in LEFT_OUT}
+        total = {key: total[key] + record[key] for key in SUMS}
     if not rows:
         raise ValueError(
             f"site {spec.site!r}, {spec.split} split: nothing is left to store ({left_out}). Give "
@@ -104,6 +104,7 @@ def merge(
         "fingerprint": spec.fingerprint(),
         "rows": rows,
         "chunks": chunks,
+        "computations": list(computations.values()),
         "left_out": left_out,
         "contexts": spec.n_shards * spec.contexts_per_shard,
         "documents": documents,

@@ -7,7 +7,8 @@ A store holds the activations of one site of one subject model on one split of o
     contexts/              zarr3 [n_shards * C, 3 + T + ceil(R / 32)] uint32: context id, document,
                            offset, tokens, one bit for each row that is not masked
     documents.json         names of the documents
-    commits/000123.json    chunks, rows, digest and sums of shard 123; written last, only if absent
+    commits/000123.json    chunks, rows, digest and sums of shard 123, and what computed it;
+                           written last, only if absent
     manifest.json          counts, mean, norms, variance; written when every shard is committed
 
 C contexts of T tokens make a shard; the first `first_position` positions of each are left out, so
@@ -37,6 +38,7 @@ from saejax.data.content import Content
 from saejax.data.files import Files
 from saejax.data.layout import CONTEXT_COLUMNS, FORMAT, ShardRows, StoreSpec
 from saejax.data.pending import Pending, wait
+from saejax.data.recent import Recent
 from saejax.data.records import CorruptStoreError
 
 __all__ = ["CorruptStoreError", "NoStoreError", "ShardRows", "Store", "StoreSpec", "open_store"]
@@ -51,11 +53,18 @@ class NoStoreError(FileNotFoundError):
 
 
 def open_store(
-    path: str | os.PathLike[str], spec: StoreSpec | None = None, mode: str = "r"
+    path: str | os.PathLike[str],
+    spec: StoreSpec | None = None,
+    mode: str = "r",
+    computation: Mapping[str, Any] | None = None,
 ) -> "Store":
     """Opens a store for reading ('r'), or creates or continues one for writing ('w').
 
-    `path` is a local folder or any TensorStore key-value URL that ends in a folder (gs://, s3://).
+    Args:
+      path: a local folder or any TensorStore key-value URL that ends in a folder (gs://, s3://).
+      spec: must be that of the store there; needed to create one.
+      mode: 'r' or 'w'.
+      computation: how this writer computes rows, as its records will say; see `Store`.
 
     Raises:
       NoStoreError: mode 'r' and there is no store at `path`.
@@ -76,7 +85,8 @@ def open_store(
         _create_arrays(files, spec)
         digests = {name: records.sha256(files.read(name) or b"") for name in _HEADERS}
         content = {"format": FORMAT, "spec": dataclasses.asdict(spec), "sha256": digests}
-        files.write_once("spec.json", content)
+        begun = {"computation": dict(computation)} if computation else {}
+        files.write_once("spec.json", content | begun)
         found = files.read_json("spec.json")
     stored = layout.stored_spec(files.name("spec.json"), found)
     if spec is not None:
@@ -87,7 +97,7 @@ def open_store(
             raise FileNotFoundError(f"{files.name(name)} is missing; restore it, or store anew.")
         if records.sha256(header) != found["sha256"][name]:
             raise CorruptStoreError(f"{files.name(name)}: damaged (checksum mismatch).")
-    return Store(files, stored, *_open_arrays(files, stored, create=False))
+    return Store(files, stored, Commits(files, stored, computation), found.get("computation"))
 
 
 class Store:
@@ -96,18 +106,20 @@ class Store:
     Attributes:
       path: where it is.
       spec: what it is.
+      begun_with: how the writer that began it computes rows: hardware, versions, size of a pass,
+        which may change the last bits of a row; None where nobody said, as in an import.
     """
 
-    def __init__(self, files: Files, spec: StoreSpec, acts: Any, contexts: Any) -> None:
+    def __init__(self, files: Files, spec: StoreSpec, commits: Commits, begun_with: Any) -> None:
         self.path = files.root
         self.spec = spec
+        self.begun_with: dict[str, Any] | None = begun_with
         self._files = files
-        self._acts = acts
-        self._contexts = contexts
-        self._commits = Commits(files, spec)
+        self._acts, self._contexts = _open_arrays(files, spec, create=False)
+        self._commits = commits
         self._lead: int | None = None
         self._chunks: np.ndarray | None = None
-        self._places: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._places: Recent[int, np.ndarray] = Recent(_PLACES_KEPT)
 
     @property
     def n_rows(self) -> int:
@@ -132,11 +144,6 @@ class Store:
     def record(self, shard: int) -> dict[str, Any]:
         """The commit record of one shard, verified, without its sums."""
         return self._commits.record(shard)
-
-    @property
-    def records(self) -> dict[int, dict[str, Any]]:
-        """The commit records of all committed shards, without their sums."""
-        return {shard: self.record(shard) for shard in self.committed()}
 
     def require_complete(self) -> None:
         """ValueError unless every shard is committed."""
@@ -224,15 +231,7 @@ class Store:
                 f"{self._files.name(f'acts/c/{shard}/0')} (shard {shard}): its content is not what "
                 f"{name_of(shard)} records. Delete both and harvest again."
             )
-        shape = (spec.contexts_per_shard, spec.rows_per_context)
-        return ShardRows(
-            rows=rows_ND.reshape(*shape, spec.d_model).view(ml_dtypes.bfloat16),
-            stored=stored_N.reshape(shape),
-            tokens=table[:, CONTEXT_COLUMNS : CONTEXT_COLUMNS + spec.context_length],
-            context=table[:, 0],
-            document=table[:, 1],
-            offset=table[:, 2].astype(np.int64) - self.lead,
-        )
+        return ShardRows.of(spec, table, rows_ND, stored_N, self.lead)
 
     def rows(self) -> Iterator[tuple[np.ndarray, int, int]]:
         """All chunks in file order: (bfloat16 [C, D], shard, chunk)."""
@@ -342,13 +341,12 @@ class Store:
         return layout.unpack_mask(words_CW, self.spec.rows_per_context)
 
     def _places_of(self, shard: int, table: np.ndarray | None = None) -> np.ndarray:
-        if shard not in self._places:
+        def drawn() -> np.ndarray:
             kept_CR = self._kept(self._read_table(shard) if table is None else table)
             order_CR = layout.position_order(self.spec.seed, shard, *kept_CR.shape)
-            self._places[shard] = layout.chunk_places(order_CR, kept_CR)
-            while len(self._places) > _PLACES_KEPT:
-                self._places.popitem(last=False)
-        return self._places[shard]
+            return layout.chunk_places(order_CR, kept_CR)
+
+        return self._places.get(shard, drawn)
 
     def _read_ahead(self, shard: int) -> Iterator[np.ndarray]:
         pending: collections.deque[Pending] = collections.deque()

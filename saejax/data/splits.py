@@ -63,8 +63,8 @@ def fill(
     return taken
 
 
-def check(cfg: Any, label: str, *limits: str) -> None:
-    """Refuses settings of splitting and packing that are out of range.
+def check_split(cfg: Any, label: str, *limits: str) -> None:
+    """Refuses settings of splitting that are out of range.
 
     Raises:
       ValueError: names the field.
@@ -77,6 +77,11 @@ def check(cfg: Any, label: str, *limits: str) -> None:
         value = getattr(cfg, field)
         if value is not None and value < 1:
             raise ValueError(f"{label}.{field} = {value}: give a positive number or None")
+
+
+def check(cfg: Any, label: str, *limits: str) -> None:
+    """Refuses settings of splitting and packing that are out of range; see `check_split`."""
+    check_split(cfg, label, *limits)
     if cfg.min_tail < 1:
         raise ValueError(f"{label}.min_tail = {cfg.min_tail}: give a positive number")
     choices = {

@@ -14,11 +14,15 @@ token is not masked either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+
+from saejax.mesh import replicated
 
 VARIANTS = ("clean", "sae", "zero_ablation", "mean_ablation")
 
@@ -182,12 +186,26 @@ class _Programs:
         x_BTD = self.capture(params, tokens_BT)
         clean_BPV = self.logp(params, tokens_BT, x_BTD)
         scores = [self.score(clean_BPV, clean_BPV, tokens_BT)]
+        to_sae, to_subject = _placing(sae), _placing(params)
         for kind in VARIANTS[1:]:
-            new_BTD = self.variant(kind, sae, x_BTD, mask_BT, mean_D)
+            new_BTD = to_subject(self.variant(kind, sae, to_sae(x_BTD), mask_BT, mean_D))
             logp_BPV = self.logp(params, tokens_BT, new_BTD)
             scores.append(self.score(clean_BPV, logp_BPV, tokens_BT))
         loss, divergence = zip(*scores, strict=True)
         return np.stack(jax.device_get(loss)), np.stack(jax.device_get(divergence))
+
+
+def _placing(tree) -> Callable[[jax.Array], jax.Array]:
+    """Brings an array, whole, to the devices that a tree is on, if it is bound to any.
+
+    Subject and autoencoder may be on different ones, of which one program cannot take arrays.
+    """
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and leaf.committed:
+            at = leaf.sharding
+            at = replicated(at.mesh) if isinstance(at, NamedSharding) else at
+            return functools.partial(jax.device_put, device=at)
+    return lambda array: array
 
 
 def _with_masks(blocks: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]]):

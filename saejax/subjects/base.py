@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ class Subject:
       tokenizer: its tokenizer, or None if it was loaded without one.
       fingerprint: first 16 hex digits of the sha256 of config and weights, as loaded.
       revision: commit of the hub's repository it came from, or ''.
+      read: reads the parameters once more, onto a mesh; None for a model of no folder.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Subject:
     tokenizer: Any
     fingerprint: str
     revision: str = ""
+    read: Callable[[Mesh], Params] | None = dataclasses.field(default=None, repr=False)
     _programs: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -193,8 +195,19 @@ class Subject:
         return {site: np.asarray(found[site]) for site in sites}
 
     def place(self, mesh: Mesh) -> Subject:
-        """The same subject with its parameters split over a mesh."""
-        return dataclasses.replace(self, params=weights.place(self.params, mesh))
+        """The same subject with its parameters split over a mesh.
+
+        What is there already is not copied; what this process does not hold is read again.
+
+        Raises:
+          FileNotFoundError: it would be read, and its file is gone.
+          ValueError: it would be read, and its file is another one by now; or there is none.
+        """
+        return dataclasses.replace(self, params=weights.place(self.params, mesh, self.read))
+
+    def without_weights(self) -> Subject:
+        """The same subject with `params` empty until it is placed; itself if it cannot be read."""
+        return self if self.read is None else dataclasses.replace(self, params={})
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Refuses token ids outside the vocabulary, which indexing would clamp silently.
@@ -231,6 +244,7 @@ def make_subject(
     *,
     family: str = "gpt2",
     revision: str = "",
+    read: Callable[[Mesh], Params] | None = None,
 ) -> Subject:
     """Builds a Subject, computing its fingerprint.
 
@@ -246,6 +260,7 @@ def make_subject(
         tokenizer=tokenizer,
         fingerprint=fingerprint(config, params),
         revision=revision,
+        read=read,
     )
 
 
@@ -330,7 +345,7 @@ def fingerprint(config: GPT2Config | Config, params: Params) -> str:
         dtype = np.dtype(leaf.dtype)
         kind = "" if dtype == np.float32 else dtype.name
         digest.update(f"{jax.tree_util.keystr(path)}{tuple(leaf.shape)}{kind}".encode())
-        digest.update(np.ascontiguousarray(_gathered(leaf)).view(np.uint8))
+        digest.update(np.ascontiguousarray(weights.to_host(leaf)).view(np.uint8))
     return digest.hexdigest()[:16]
 
 
@@ -341,15 +356,3 @@ def _described(config: GPT2Config | Config) -> dict[str, Any]:
         return values
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if value != defaults[name]}
-
-
-def _gathered(leaf: Any) -> np.ndarray:
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)
-    if not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    # An array keeps the host copy it once made: let a stand-in of the same buffers keep it.
-    shards = [shard.data for shard in leaf.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))

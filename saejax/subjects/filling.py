@@ -98,7 +98,7 @@ def own_mesh(subject_shards: int, most: int | None = None) -> Mesh:
     copies = len(present) // subject_shards
     if not copies:
         raise ValueError(
-            f"Harvest.subject_shards = {subject_shards}: this process has {len(present)} devices; "
+            f"subject_shards = {subject_shards}: this process has {len(present)} devices; "
             "give at most that many."
         )
     copies = copies if most is None else min(copies, most)

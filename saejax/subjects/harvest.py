@@ -18,10 +18,12 @@ import numpy as np
 
 from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig
+from saejax.data.images import ImagesConfig
 from saejax.data.loader import check_batch_size
 from saejax.data.shards import NoStoreError, Store, StoreSpec, open_store
 from saejax.data.tokens import Contexts
 from saejax.subjects.base import Subject
+from saejax.subjects.computation import check_computation, computation_of
 from saejax.subjects.filling import Filling, Forward, make_forward
 from saejax.subjects.request import HarvestConfig, open_subject, resolve_request
 
@@ -118,7 +120,12 @@ def _open_stores(
     }
     check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in by_path.values()))
     _check_space(root, by_path, log)
-    made = {path: open_store(path, spec, "w") for path, spec in by_path.items()}
+    computation = computation_of(cfg, subject)
+    begun = {path: open_store(path) for path in by_path if _is_store(path)}
+    check_computation(cfg, begun.values(), computation, log)
+    made = {path: open_store(path, spec, "w", computation) for path, spec in by_path.items()}
+    others = (store for path, store in made.items() if path not in begun)  # one may be by another
+    check_computation(cfg, others, computation, log)
     return {
         split: {site: made[f"{cfg.folder(root, site)}/{split}"] for site in by_site}
         for split, by_site in specs.items()
@@ -159,6 +166,8 @@ def check_free_space(path: str, needed_bytes: int) -> int | None:
 
 def read_contexts(cfg: HarvestConfig, subject: Subject, split: str, log: Log = _TELL) -> Contexts:
     """The text of a split as contexts of tokens; `log` takes a line every few seconds."""
+    if isinstance(cfg.text, ImagesConfig):  # the subject has them, see `resolve_request`
+        return subject.tokenizer.contexts(split, cfg.context_length, log)
     try:
         found = load_contexts(
             cfg.text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -40,6 +41,7 @@ _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "preprocessor_config.json",
 )
 
 
@@ -59,8 +61,9 @@ def load_subject(
         need be), which needs the optional package huggingface_hub. 'torch:' before a folder or id
         takes the adapter for other models of transformers; see `torch_adapter`.
       dtype: 'float32' or 'bfloat16', of the weights as they are held.
-      mesh: split the weights over it, each shard read straight from the file; numpy arrays on the
-        host by default.
+      mesh: split the weights over it, each shard read straight from the file; of one of several
+        processes all must load at once, and each reads what its own devices hold. Numpy arrays
+        on the host by default.
       tokenizer: False loads none: enough where tokens come from arrays.
       ids_only: take `token_arrays.IdsOnly` where a folder has no tokenizer.json: no text can be
         encoded with it.
@@ -116,10 +119,13 @@ def load_folder(
     """Loads a subject from a folder; see `load_subject` for the arguments and errors."""
     kind, family, config = _read_config(folder, name)
     tensors = weights.open_tensors(folder)
-    params = weights.load_params(tensors, family, config.decoder, dtype=dtype, mesh=mesh)
+    load = functools.partial(weights.load_params, tensors, family, config.decoder, dtype=dtype)
+    params = load(mesh=mesh)
     unknown = config.vocab_size if ids_only else None
     found = _tokenizer(folder, name, config, unknown) if tokenizer else None
-    return make_subject(name, config, params, found, family=kind, revision=revision)
+    return make_subject(
+        name, config, params, found, family=kind, revision=revision, read=lambda at: load(mesh=at)
+    )
 
 
 def describe_subject(

@@ -4,11 +4,15 @@ import dataclasses
 import os
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from saejax.data.corpus import TextConfig
+from saejax.data.images import Images, ImagesConfig
 from saejax.data.token_arrays import IdsOnly, TokensConfig
 from saejax.subjects.base import Subject
 from saejax.subjects.filling import FIRST_POSITION, own_mesh
 from saejax.subjects.hf import TORCH, load_subject
+from saejax.subjects.towers import ImageSubject, check_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,18 +21,20 @@ class HarvestConfig:
 
     Attributes:
       subject: 'embedded', a folder in the Hugging Face layout, or a hub id; 'torch:' before either
-        has PyTorch run it. It must take tokens.
+        has PyTorch run it. It must take tokens, or pixels where `text` is images.
       site: where the subject is tapped; `Subject.sites()` lists the names. Of an alias the
         canonical name is what stores and folders carry.
       sites: further sites to store from the same forward passes. With any of them the stores of
         each site, `site` too, are in a folder of its name. No two names of one site.
       context_length: tokens a context, T; each gives T - `first_position` activations but for
-        masked ones (BOS, special tokens, padding).
+        masked ones (BOS, special tokens, padding). Of images, the positions that the sites have
+        for each; a message names the number where it is another.
       first_position: positions before it are not stored. 1, because the first position's norm is
-        unlike all others; 0 keeps it.
+        unlike all others; 0 keeps it. Of images that leaves out [CLS]; give 0 for towers
+        and sites that have only patches.
       keep_special: store the activations of BOS and other special tokens, too (attention sinks,
         [CLS]); those of padding never are. A first position, or one of a large norm, is still left
-        out unless `first_position` = 0 and `max_norm_ratio` = None keep it.
+        out unless `first_position` = 0 and `max_norm_ratio` = None keep it. Images have none.
       max_norm_ratio: activations whose norm is above this multiple of the median norm of their
         shard are left out, because a few positions of some models are hundreds of times larger
         than the rest; None keeps them.
@@ -46,8 +52,15 @@ class HarvestConfig:
       dtype: precision of the forward pass; what is stored is always bfloat16. 'float32' is that on
         accelerators, too, which are made for 'bfloat16'. The weights of a 'torch:' subject are
         held in it, too.
+      weights_dtype: precision in which the weights are held, of any subject but a 'torch:' one;
+        'bfloat16' halves their memory, and loses nothing of weights that are bfloat16 in their
+        file. They are cast to `dtype` where they are used. Stores and streams of either are
+        different ones: the subject's fingerprint follows it.
+      allow_other_computation: go on with a store that was begun on another kind of device, with
+        other versions of jax or with passes of another size, whose shards are rounded otherwise;
+        the commit records and the manifest say how each was computed.
       seed: seed of the permutation of contexts and of the rows' order in a shard.
-      text: the text, or token ids made elsewhere.
+      text: the text, or token ids made elsewhere, or images.
     """
 
     subject: str = "embedded"
@@ -64,8 +77,10 @@ class HarvestConfig:
     subject_shards: int = 1
     max_bytes: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    allow_other_computation: bool = False
     seed: int = 0
-    text: TextConfig | TokensConfig = dataclasses.field(default_factory=TextConfig)
+    text: TextConfig | TokensConfig | ImagesConfig = dataclasses.field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
         if self.context_length < 2:
@@ -89,8 +104,16 @@ class HarvestConfig:
             raise ValueError(
                 f"Harvest.max_norm_ratio = {self.max_norm_ratio}: must be above 1, or None."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"Harvest.dtype = {self.dtype!r}: 'float32' or 'bfloat16'.")
+        for name in ("dtype", "weights_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(
+                    f"Harvest.{name} = {getattr(self, name)!r}: 'float32' or 'bfloat16'."
+                )
+        if self.subject.startswith(TORCH) and "bfloat16" == self.weights_dtype != self.dtype:
+            raise ValueError(
+                f"Harvest.weights_dtype = 'bfloat16' with Harvest.dtype = {self.dtype!r}: PyTorch "
+                f"computes in the type of the weights; set Harvest.dtype = 'bfloat16' alone."
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"Harvest.seed = {self.seed}: must be in [0, 2**63).")
 
@@ -105,20 +128,31 @@ class HarvestConfig:
         return f"{root}/{site}" if len(self.all_sites) > 1 else root
 
 
-def open_subject(cfg: HarvestConfig, *, on_devices: bool = False) -> Subject:
+def open_subject(
+    cfg: HarvestConfig, *, on_devices: bool = False, mesh: Mesh | None = None
+) -> Subject:
     """The subject of a harvest, loaded as it needs it.
 
-    Weights go to the host or, read slice by slice, to where the pass of this process will have
-    them, unless the text is so short that it takes fewer devices. Those of our own decoders are
-    held in float32 whatever `Harvest.dtype` says: they are cast in the pass, and the fingerprint
-    follows their type. PyTorch computes in the type of the weights.
+    Weights go to the host or, read slice by slice, onto devices. Those of our own decoders are held
+    in `Harvest.weights_dtype` and cast in the pass; the fingerprint follows their type. PyTorch
+    computes in the type of the weights, `Harvest.dtype`, wherever it sees fit.
+
+    Args:
+      cfg: the harvest.
+      on_devices: onto those of this process, where its pass will have them, unless the text is so
+        short that it takes fewer.
+      mesh: onto these, for a stream; `mesh.subject_mesh` of the training's.
+
+    Raises:
+      ValueError: fewer devices in this process than `subject_shards`: it could not harvest.
     """
-    dtype = cfg.dtype if cfg.subject.startswith(TORCH) else "float32"
-    ids_only = isinstance(cfg.text, TokensConfig)
-    mesh = None
-    if on_devices and not cfg.subject.startswith(TORCH):
-        mesh = own_mesh(cfg.subject_shards, -(-cfg.contexts_per_shard // cfg.batch_contexts))
-    return load_subject(cfg.subject, dtype=dtype, mesh=mesh, ids_only=ids_only)
+    ids_only = not isinstance(cfg.text, TextConfig)
+    if cfg.subject.startswith(TORCH):
+        return load_subject(cfg.subject, dtype=cfg.dtype, mesh=None, ids_only=ids_only)
+    if on_devices or mesh is not None:
+        own = own_mesh(cfg.subject_shards, -(-cfg.contexts_per_shard // cfg.batch_contexts))
+        mesh = own if mesh is None else mesh
+    return load_subject(cfg.subject, dtype=cfg.weights_dtype, mesh=mesh, ids_only=ids_only)
 
 
 def resolve_request(cfg: HarvestConfig, subject: Subject) -> tuple[HarvestConfig, Subject]:
@@ -126,7 +160,9 @@ def resolve_request(cfg: HarvestConfig, subject: Subject) -> tuple[HarvestConfig
 
     Raises:
       ValueError: the subject has no such site, or fewer positions than a context; one site by two
-        names; a subject that reads no text; one on the host that is to run otherwise than it does.
+        names; a subject that reads no text, or sees no images, or such as are not there; one on the
+        host that is to run otherwise than it does.
+      FileNotFoundError: the images, or what says how they are preprocessed, are not there.
     """
     subject = _reading(cfg, subject)
     _check_host(cfg, subject)
@@ -139,6 +175,8 @@ def resolve_request(cfg: HarvestConfig, subject: Subject) -> tuple[HarvestConfig
                 f"{subject.name!r}, {name}; give one of them."
             )
         names[name] = site
+    if isinstance(subject, ImageSubject):
+        check_positions(subject, tuple(names), cfg.context_length)
     if cfg.context_length > subject.max_context:
         raise ValueError(
             f"Harvest.context_length = {cfg.context_length}: subject {subject.name!r} has "
@@ -149,12 +187,24 @@ def resolve_request(cfg: HarvestConfig, subject: Subject) -> tuple[HarvestConfig
 
 
 def _reading(cfg: HarvestConfig, subject: Subject) -> Subject:
-    """The subject with something that reads the text, or the ids; ValueError if there is none."""
-    if getattr(subject, "takes", "tokens") != "tokens":
+    """The subject with something that reads the text, ids or images; ValueError if it cannot."""
+    if isinstance(subject, ImageSubject):
+        if subject.tokenizer.cfg == cfg.text:
+            return subject
+        subject = subject.tower
+    takes, given = getattr(subject, "takes", "tokens"), type(cfg.text).__name__
+    if isinstance(cfg.text, ImagesConfig):
+        if takes != "pixels":
+            raise ValueError(
+                f"Harvest.subject = {subject.name!r} takes {takes}, and Harvest.text = @Images(): "
+                f"give @Text() or @Tokens(), or a vision tower, Harvest.subject = '{TORCH}...'."
+            )
+        return ImageSubject(tower=subject, tokenizer=Images(cfg.text, subject))
+    if takes != "tokens":
         raise ValueError(
-            f"Harvest.subject = {subject.name!r} takes {subject.takes}, and a harvest feeds text: "
-            "give a subject that takes tokens. From Python, `load_subject(...).capture_host(pixels,"
-            " sites)` gives its activations; `python -m saejax.stores import` makes a store."
+            f"Harvest.subject = {subject.name!r} takes {takes}, and Harvest.text = "
+            f"@{given.removesuffix('Config')}(): give it images, Harvest.text = @Images() with "
+            "Images.source, or a subject that takes tokens."
         )
     if subject.tokenizer is not None:
         return subject

@@ -1,11 +1,11 @@
 """Any other model of `transformers`, run by PyTorch with hooks that bring what they see.
 
 For architectures without a decoder here, encoders and vision towers among them: activations only,
-no edits and no gradients. A harvest feeds text; a vision tower takes pixels, and its activations
-are had from Python, by `TorchSubject.capture_host`. Needs the extra `torch`. Sites are the paths of
-the model's modules (`named_modules`), as 'encoder.layer.3.output' for what a module returns and
-'encoder.layer.3.output:input' for what it is given. Code of a repository is never run, and pickled
-weights are never read.
+no edits and no gradients. A harvest feeds text or, to a vision tower, images (`data.images`); of a
+model with one tower for texts and one for images, as CLIP, the latter is taken. Needs the extra
+`torch`. Sites are the paths of the model's modules (`named_modules`), as 'encoder.layer.3.output'
+for what a module returns and 'encoder.layer.3.output:input' for what it is given. Code of a
+repository is never run, and pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
+import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from saejax.subjects import hf, weights
+from saejax.data.images import Patches
+from saejax.subjects import hf, towers, weights
 from saejax.subjects.base import check_vocabulary
 from saejax.subjects.taps import Stop
 
@@ -40,11 +43,12 @@ class TorchSubject:
       family: `model_type` of its config.json.
       model: the module, in evaluation mode.
       takes: 'tokens', or 'pixels' for a vision tower.
-      tokenizer: its tokenizer, or None.
+      tokenizer: its tokenizer, `images.Patches` for pixels, or None.
       fingerprint: first 16 hex digits of the sha256 of config and weights, as loaded.
       max_context: longest context in tokens; number of patches and the like for pixels.
       shapes: site to (positions of the probe, width).
       revision: commit of the hub's repository it came from, or ''.
+      folder: where it was read.
     """
 
     name: str
@@ -56,6 +60,7 @@ class TorchSubject:
     max_context: int
     shapes: dict[str, tuple[int, int]]
     revision: str = ""
+    folder: pathlib.Path = pathlib.Path()
 
     @property
     def d_model(self) -> int:
@@ -76,6 +81,15 @@ class TorchSubject:
     def dtype(self) -> str:
         """'float32' or 'bfloat16', of weights and computation."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def computation(self) -> dict[str, str]:
+        """What computes the activations, see `subjects.computation`."""
+        import torch
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return {"platform": "torch", "device": self.model.device.type, **versions}
 
     def sites(self) -> list[str]:
         """All sites in the order in which the model passes them."""
@@ -103,6 +117,27 @@ class TorchSubject:
     def width(self, site: str) -> int:
         """Width of the vectors at a site."""
         return self.shapes[self.resolve_site(site)][1]
+
+    def positions(self, site: str) -> int:
+        """Of pixels, the vectors that a site has for each image."""
+        return self.shapes[self.resolve_site(site)][0]
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images it takes."""
+        return _pixel_shape(self.model.config)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        return towers.read_processor(self.folder)
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """Pixels float32 [C, H, W] of an image of Pillow, as the model's folder says."""
+        return self._processor(images=image, return_tensors="np")["pixel_values"][0]
+
+    def preprocessing(self) -> str:
+        """The settings of `preprocess`; see `towers.read_processor` for errors."""
+        return towers.describe_processor(self._processor)
 
     def check_tokens(self, tokens: np.ndarray) -> None:
         """Refuses token ids outside the vocabulary; ValueError names it."""
@@ -199,10 +234,10 @@ def load(
     if not shapes:
         raise ValueError(f"subject {name!r}: no module of it gives [B, T, width]")
     size = getattr(model.config, "vocab_size", 0)
-    vocabulary = None
+    vocabulary = Patches(1) if tokenizer else None
     if tokenizer and takes == "tokens":
         vocabulary = hf.read_tokenizer(folder, size if ids_only else None)
-    check_vocabulary(name, vocabulary, size)
+        check_vocabulary(name, vocabulary, size)
     return TorchSubject(
         name=name,
         family=model.config.model_type,
@@ -213,6 +248,7 @@ def load(
         max_context=_max_context(model, takes, shapes),
         shapes=shapes,
         revision=revision,
+        folder=folder,
     )
 
 
@@ -244,6 +280,8 @@ def _load_model(folder: Any, name: str, dtype: str) -> tuple[Any, tuple[str, ...
         )
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
+    if all(hasattr(model, f"get_{kind}_features") for kind in ("image", "text")):
+        model = getattr(model, "vision_model", model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), ("pooler",) if missing else ()
 
@@ -254,9 +292,7 @@ def _find_sites(model: Any, takes: str, left_out: tuple[str, ...]) -> dict[str, 
 
     rows, length = _PROBE
     if takes == "pixels":
-        size = model.config.image_size
-        high, wide = (size, size) if isinstance(size, int) else size
-        shape = (rows, model.config.num_channels, high, wide)
+        shape = (rows, *_pixel_shape(model.config))
         inputs = {"pixel_values": torch.zeros(shape, dtype=model.dtype, device=model.device)}
     else:
         ids = torch.ones(_PROBE, dtype=torch.int64, device=model.device)
@@ -273,6 +309,12 @@ def _find_sites(model: Any, takes: str, left_out: tuple[str, ...]) -> dict[str, 
     _forward(model, inputs, None, note)
     once = {site: shape for site, shape in shapes.items() if calls[site] == 1}
     return {site: s for site, s in once.items() if re.split("[.:]", site)[0] not in left_out}
+
+
+def _pixel_shape(config: Any) -> tuple[int, int, int]:
+    size = config.image_size
+    high, wide = (size, size) if isinstance(size, int) else size
+    return config.num_channels, high, wide
 
 
 def _forward(model: Any, inputs: dict[str, Any], sites: set[str] | None, see: Any) -> None:

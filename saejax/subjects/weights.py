@@ -1,7 +1,8 @@
 """Tensors of a Hugging Face folder: opened lazily, checked, and placed where they are to live.
 
-A parameter is read slice by slice from a memory map, straight into the shard of the device that
-holds it, so that loading needs no host memory beyond one shard of one parameter.
+A parameter is read slice by slice from a memory map, straight into the shards of the devices that
+hold it: of a mesh of several processes, each reads what its own devices hold. Loading needs no host
+memory beyond these shards of one parameter.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from saejax.mesh import subject_sharding
 from saejax.subjects.decoder import Config, Params, leaf_shapes
@@ -42,15 +43,27 @@ class Stored:
       kind: type in the format's words, as 'BF16'.
       shape: its shape.
       offset: first byte in the file.
+      version: of the file, as `_version` has it.
     """
 
     file: pathlib.Path
     kind: str
     shape: tuple[int, ...]
     offset: int
+    version: tuple[int, int]
 
     def open(self) -> np.ndarray:
-        """A read-only memory map of the tensor."""
+        """A read-only memory map of the tensor.
+
+        Raises:
+          FileNotFoundError: the file is gone.
+          ValueError: it was replaced since its header was read.
+        """
+        if _version(self.file) != self.version:
+            raise ValueError(
+                f"{self.file} was changed while it was in use; start again, with the weights that "
+                "the run began with"
+            )
         dtype = _STORED[self.kind]
         bytes_map = np.memmap(
             self.file, np.uint8, "r", self.offset, (math.prod(self.shape) * dtype.itemsize,)
@@ -146,9 +159,12 @@ def load_params(
     shapes = leaf_shapes(cfg)
     for path, piece in family.pieces(cfg).items():
         stored = tensors[places[piece.tensor]].open()
+        once: dict[str, np.ndarray] = {}  # several devices may hold the same slice
 
-        def read(index: tuple[slice, ...], piece=piece, stored=stored) -> np.ndarray:
-            return np.array(piece.read(stored, index), dtype=target, order="C")
+        def read(index: tuple[slice, ...], piece=piece, stored=stored, once=once) -> np.ndarray:
+            if str(index) not in once:
+                once[str(index)] = np.array(piece.read(stored, index), dtype=target, order="C")
+            return once[str(index)]
 
         if mesh is None:
             leaves[path] = read(tuple(slice(0, size) for size in shapes[path]))
@@ -158,14 +174,88 @@ def load_params(
     return build_tree(leaves)
 
 
-def place(params: Params, mesh: Mesh) -> Params:
-    """The same parameters split over a mesh."""
+def place(params: Params, mesh: Mesh, read: Callable[[Mesh], Params] | None = None) -> Params:
+    """The same parameters split over a mesh.
 
-    def put(path: tuple, leaf: Any) -> jax.Array:
+    A shard that one of this process's devices holds already stays as it is; one that another of
+    them holds is copied from there. No process asks another one for anything.
+
+    Args:
+      params: numpy arrays, or arrays on any devices; or none at all, to have them read.
+      mesh: where they are wanted.
+      read: reads them anew onto a mesh, where this process does not hold all that it needs.
+
+    Raises:
+      ValueError: it does not, and there is no `read`.
+    """
+    if not params and read is not None:
+        return read(mesh)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    placed = []
+    for path, leaf in leaves:
         keys = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
-        return jax.device_put(leaf, subject_sharding(mesh, keys, leaf.shape))
+        found = _put(leaf, subject_sharding(mesh, keys, leaf.shape))
+        if found is None:
+            if read is None:
+                raise ValueError(
+                    "this process holds only a part of the subject's weights, and they are of no "
+                    "folder that they could be read from once more; load the subject on this mesh"
+                )
+            del placed  # before the same is read
+            return read(mesh)
+        placed.append(found)
+    return jax.tree_util.tree_unflatten(tree, placed)
 
-    return jax.tree_util.tree_map_with_path(put, params)
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array | None:
+    """One array in another place; None if this process does not hold what it needs of it."""
+    if not isinstance(leaf, jax.Array):
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    held: dict[str, dict[jax.Device, jax.Array]] = {}
+    for shard in leaf.addressable_shards:
+        held.setdefault(_bounds(shard.index, leaf.shape), {})[shard.device] = shard.data
+    wanted = sharding.addressable_devices_indices_map(leaf.shape)
+    sources = {device: held.get(_bounds(at, leaf.shape)) for device, at in wanted.items()}
+    if all(sources.values()):
+        shards = [
+            found[device] if device in found else jax.device_put(next(iter(found.values())), device)
+            for device, found in sources.items()
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    if not leaf.is_fully_addressable:
+        return None
+    whole = to_host(leaf)  # cut otherwise: one parameter at a time
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+    """What a slice of an array takes, however it is written."""
+    return str([part.indices(size) for part, size in zip(index, shape, strict=True)])
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """A parameter as numpy array, of which the parameter keeps no copy.
+
+    Of one that is split over several processes they must all ask at once.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    # An array keeps the host copy it once made: let a stand-in of the same buffers keep it.
+    if leaf.is_fully_replicated:
+        one = leaf.addressable_shards[0]
+        return np.asarray(
+            jax.make_array_from_single_device_arrays(
+                leaf.shape, SingleDeviceSharding(one.device), [one.data]
+            )
+        )
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
 
 
 def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -183,6 +273,7 @@ def _open_file(path: pathlib.Path) -> dict[str, Stored]:
     import safetensors
 
     try:
+        version = _version(path)
         with safetensors.safe_open(path, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
@@ -194,6 +285,12 @@ def _open_file(path: pathlib.Path) -> dict[str, Stored]:
         header = json.loads(file.read(min(size, _MAX_HEADER)))
     header.pop("__metadata__", None)
     return {
-        name: Stored(path, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+        name: Stored(path, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0], version)
         for name, t in header.items()
     }
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+    """Length and time of the last change of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -113,7 +113,7 @@ def check_equal(workdir, clean):
             tables = [store.read_contexts(shard) for shard in store.committed()]
             ids = np.concatenate(tables)[:, 0]
             assert len(np.unique(ids)) == len(ids) == store.manifest["contexts"]
-            rows = sum(record["rows"] for record in store.records.values())
+            rows = sum(store.record(shard)["rows"] for shard in store.committed())
             assert store.n_rows == rows == sum(len(part) for part, _, _ in store.rows())
             assert store.manifest["left_out"]["padding"] > 0
 

@@ -10,6 +10,7 @@ import pytest
 from saejax.data.bpe import END_OF_TEXT, Tokenizer, byte_symbols
 from saejax.evals.downstream import DownstreamInputs, DownstreamState, downstream
 from saejax.latents import effects
+from saejax.mesh import MeshShape, make_mesh, tree_shardings
 from saejax.model.normalizer import Normalizer
 from saejax.model.sae import SAE, SAEConfig
 from saejax.subjects import gpt2
@@ -217,3 +218,19 @@ def test_direct_logits_are_the_derivative_through_norm_and_unembedding(subject):
     assert raised[0, 0] == found[0].argmax() and lowered[1, 0] == found[1].argmin()
     with pytest.raises(ValueError, match="width 15"):
         effects.direct_logits(subject, np.ones((1, 15)), tokens)
+
+
+def test_subject_and_autoencoder_may_be_on_different_devices(subject, sae):
+    """The same figures; neither has to know where the other is."""
+    tokens = contexts()
+    alone = downstream(sae, inputs(subject, tokens), batch_contexts=8).compute()
+    params = {"w_enc": sae.w_enc[...], "w_dec": sae.w_dec[...]}
+    params |= {"latent_bias": sae.latent_bias[...], "pre_bias": sae.pre_bias[...]}
+    devices = jax.devices()
+    for ours, theirs in ((slice(0, 4), slice(0, 1)), (slice(2, 4), slice(3, 5))):
+        mesh = make_mesh(MeshShape(1, len(devices[ours])), devices[ours])
+        placed = jax.tree.map(jax.device_put, params, tree_shardings(mesh, params))
+        split = SAE(sae.config, placed, Normalizer(), mesh)
+        other = subject.place(make_mesh(MeshShape(1, len(devices[theirs])), devices[theirs]))
+        found = downstream(split, inputs(other, tokens), batch_contexts=8).compute()
+        assert found == pytest.approx(alone, rel=1e-4)

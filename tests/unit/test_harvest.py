@@ -1,6 +1,7 @@
 """Harvesting the embedded subject: stored rows are its activations, however often it is killed."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -343,6 +344,30 @@ def test_any_number_of_devices_gives_the_same_store(clean, cfg, subject, batch, 
         harvest(sharded, tmp_path / "x", str, subject=subject)
 
 
+def test_a_store_is_not_continued_on_what_rounds_otherwise(cfg, subject, tmp_path):
+    """Unless that is accepted, and then the records say so; a finished store is only read."""
+    run = functools.partial(harvest, workdir=tmp_path, log=str, subject=subject, splits=("train",))
+    (train,) = run(cfg)[cfg.site]
+    (how,) = train.manifest["computations"]
+    assert how["platform"] == "cpu" and how["batch_contexts"] == cfg.batch_contexts
+    assert how["jax"] == jax.__version__ and train.record(1)["computation"] == how
+    other = dataclasses.replace(cfg, batch_contexts=2 * cfg.batch_contexts)
+    run(other)
+    (tmp_path / "train/commits/000001.json").unlink()
+    (tmp_path / "train/manifest.json").unlink()
+    before = content(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"train was begun otherwise .*: batch_contexts was 32, is 64\. .*"
+        r"Harvest.allow_other_computation = True",
+    ):
+        run(other)
+    assert content(tmp_path) == before
+    (train,) = run(dataclasses.replace(other, allow_other_computation=True))[cfg.site]
+    assert train.manifest["computations"] == [how, how | {"batch_contexts": 64}]
+    assert train.record(1)["computation"]["batch_contexts"] == 64
+
+
 class HostSubject:
     """A subject that runs outside JAX, as the adapter for PyTorch models does."""
 
@@ -377,7 +402,7 @@ def test_a_subject_on_the_host_is_not_asked_for_what_it_cannot_do(cfg, subject, 
     with pytest.raises(ValueError, match=r"dtype = 'bfloat16': .* was loaded in float32"):
         harvest(dataclasses.replace(cfg, dtype="bfloat16"), tmp_path / "s", str, subject=host)
     host.takes, host.tokenizer = "pixels", None
-    with pytest.raises(ValueError, match=r"takes pixels, and a harvest feeds text.*capture_host"):
+    with pytest.raises(ValueError, match=r"takes pixels, and Harvest.text = @Text.*give .*@Images"):
         harvest(cfg, tmp_path / "s", str, subject=host)
     assert not (tmp_path / "s").exists()
 

@@ -303,7 +303,7 @@ def test_a_subject_by_another_path_is_the_same_and_older_records_are_read(tmp_pa
     fill(tmp_path / "s", moved, shards=[1, 2]).finish()
     store = open_store(tmp_path / "s", moved)
     store.verify()
-    assert store.spec.subject == "tiny" and len(store.records) == 3
+    assert store.spec.subject == "tiny" and len(store.committed()) == 3
 
 
 def test_tokens_before_the_documents_own_are_no_part_of_an_offset(tmp_path):

@@ -127,7 +127,7 @@ def test_a_subject_on_the_host_has_no_downstream_loss(folder, subject, monkeypat
     monkeypatch.setattr("saejax.sources.load_subject", lambda name, **_: HostSubject(subject))
     with caplog.at_level("INFO"):
         source = stored(folder, subject="torch:tiny")
-    assert source.inputs is None and source.subject.name == "tiny"
+    assert source.inputs is None and source.subject().name == "tiny"
     assert "subject tiny runs outside JAX: the evaluation leaves out" in caplog.text
 
 

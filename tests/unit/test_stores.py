@@ -356,7 +356,7 @@ def test_the_subject_of_an_import_is_loaded_as_it_was_recorded(tmp_path, monkeyp
     assert made["train"].spec.compute_dtype == "float32"
     assert made["train"].manifest["provenance"]["dtype"] == np.dtype(dtype).name
     sae = SAEConfig(d_model=real.d_model, n_latents=16, k=2)
-    assert opened(tmp_path / "s", sae, 4, "torch:embedded").subject.fingerprint == "of float32"
+    assert opened(tmp_path / "s", sae, 4, "torch:embedded").subject().fingerprint == "of float32"
 
 
 def test_special_tokens_of_the_subject_are_not_stored(contexts, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_a_harvest_of_text_by_a_model_in_its_own_precision(folders, tmp_path):
     with pytest.raises(ValueError, match="subject_shards = 2"):
         harvest(dataclasses.replace(cfg, subject_shards=2), tmp_path / "t", str)
     pictures = dataclasses.replace(cfg, subject=f"torch:{folders['vit'][1]}", site="layernorm")
-    with pytest.raises(ValueError, match="takes pixels, and a harvest feeds text"):
+    with pytest.raises(ValueError, match=r"takes pixels, and Harvest.text = @Tokens\(\): give it"):
         harvest(pictures, tmp_path / "t", str)
     assert not (tmp_path / "t").exists()
 

@@ -1,6 +1,7 @@
 """Weights from safetensors: lazily, split over a mesh, and everything that can be wrong."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import mesh as meshes
 from saejax.subjects import hf, layout, weights
+from saejax.subjects.base import make_subject
 from saejax.subjects.decoder import leaf_shapes
 from saejax.subjects.families import families
 
@@ -115,6 +117,42 @@ def test_loading_reads_no_more_than_a_parameter_at_a_time(monkeypatch):
     shapes = leaf_shapes(s.config.decoder)
     assert max(largest) == np.prod(shapes["embed",]), "83 tokens do not divide: held whole"
     assert max(x for x in largest if x != max(largest)) == 28 * 40 // 4  # q of one device
+
+
+def test_devices_that_hold_the_same_slice_read_it_once(monkeypatch):
+    asked, read = [], layout.Piece.read
+
+    def spy(piece, stored, index):
+        asked.append((piece.tensor, str(index)))
+        return read(piece, stored, index)
+
+    monkeypatch.setattr(layout.Piece, "read", spy)
+    split = load(FOLDER / "pythia", mesh=meshes.make_mesh(meshes.MeshShape(4, 2)))
+    kernels = [x for x in jax.tree.leaves(split.params) if not x.is_fully_replicated]
+    whole = len(jax.tree.leaves(split.params)) - len(kernels)
+    assert kernels and len(asked) == 2 * len(kernels) + whole
+
+
+def test_weights_are_read_again_from_the_same_file_only(folder):
+    mesh = meshes.make_mesh(meshes.MeshShape(1, 2))
+    s = load(folder, dtype="bfloat16", mesh=mesh)
+    bare, path = s.without_weights(), folder / "model.safetensors"
+    assert bare.params == {} and bare.fingerprint == s.fingerprint
+    again = bare.place(mesh)
+    jax.tree.map(np.testing.assert_array_equal, again.params, s.params)
+    assert jax.tree.map(lambda x: x.sharding, again.params) == jax.tree.map(
+        lambda x: x.sharding, s.params
+    )
+    made = make_subject("made", s.config, s.params, None)
+    assert made.without_weights() is made, "it could not come back"
+    content = path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed while it was in use"):
+        bare.place(mesh)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        bare.place(mesh)
 
 
 def test_truncated_and_damaged_files_are_named(folder):
