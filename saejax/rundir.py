@@ -20,7 +20,7 @@ from saejax.schema import config_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 _LOG = logging.getLogger(__name__)
-_NO_RESULT = ("checkpoint", "kernels", "watchdog")
+_NO_RESULT = ("allow_other_computation", "checkpoint", "kernels", "watchdog")
 _PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.partial$")
 
 
@@ -193,8 +193,11 @@ class RunDirectory:
 
 def result_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's result: not how it is computed, which may change with the machine."""
-    parts = {part: value for part, value in config.items() if part not in _NO_RESULT}
-    return parts | ({"recipe": result_of(parts["recipe"])} if "recipe" in parts else {})
+    return {
+        part: result_of(value) if isinstance(value, Mapping) else value
+        for part, value in config.items()
+        if part not in _NO_RESULT
+    }
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from saejax.data.stream import Stream, usable_positions
 from saejax.data.stream_plan import StreamPlan, contexts_for, lanes_for
 from saejax.subjects.base import Subject
 from saejax.subjects.harvest import HarvestConfig, read_contexts
+from saejax.subjects.hf import TORCH
 
 _LOG = logging.getLogger(__name__)
 _HELD_OUT_TOKENS = 1_000_000
@@ -52,6 +53,8 @@ class StreamConfig:
                 f"Harvest.sites = {self.harvest.sites}: a stream is read at Harvest.site, or at "
                 "the sites of the members of Several; leave Harvest.sites empty."
             )
+        if self.harvest.subject.startswith(TORCH):
+            raise _on_the_host(self.harvest.subject)
 
     @property
     def held_out(self) -> HarvestConfig:
@@ -127,10 +130,7 @@ def open_stream(
     """
     harvest = cfg.harvest
     if not isinstance(subject, Subject):
-        raise ValueError(
-            f"Harvest.subject = {harvest.subject!r} runs on the host, and cannot be streamed on "
-            "the mesh; store its activations: Experiment.data = @Harvest()."
-        )
+        raise _on_the_host(harvest.subject)
     for site in sites:
         subject.check_site(site)
     contexts = read_contexts(harvest, subject, "train", log)
@@ -161,6 +161,13 @@ def open_stream(
         "subject": subject.fingerprint, "text": contexts.fingerprint, "stream": described
     }  # fmt: skip
     return stream, identity
+
+
+def _on_the_host(subject: str) -> ValueError:
+    return ValueError(
+        f"Harvest.subject = {subject!r} runs on the host, and cannot be streamed on the mesh; "
+        "store its activations: Experiment.data = @Harvest()."
+    )
 
 
 def _plan(cfg: StreamConfig, keep: np.ndarray, batch_size: int, mesh: Mesh) -> StreamPlan:

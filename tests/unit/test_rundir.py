@@ -100,6 +100,11 @@ def test_how_it_is_computed_may_change(tmp_path):
         claim(tmp_path, OTHER | {"kernels": kernels})
     nested = [{"recipe": CONFIG | {"kernels": k}} for k in ({"implementation": None}, kernels)]
     assert result_of(nested[0]) == result_of(nested[1]) == {"recipe": CONFIG}
+    streams = [
+        {"data": {"harvest": {"seed": 1, **more}}}
+        for more in ({}, {"allow_other_computation": True})
+    ]
+    assert result_of(streams[0]) == result_of(streams[1]) == {"data": {"harvest": {"seed": 1}}}
 
 
 def test_a_start_that_made_nothing_can_be_corrected(tmp_path):

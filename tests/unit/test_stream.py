@@ -14,6 +14,8 @@ from saejax.data.layout import random_keys
 from saejax.data.stream import Stream
 from saejax.data.stream_plan import ROW_STREAM, StreamPlan, contexts_for, lanes_for
 from saejax.data.tokens import Contexts
+from saejax.subjects.request import HarvestConfig
+from saejax.subjects.streaming import StreamConfig
 
 T, D = 6, 3
 SITES = {"a": D, "b": 2}
@@ -228,6 +230,11 @@ def test_bad_plans_are_refused(change, words):
     plan = make(contexts_of(60)).plan
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(plan, **change)
+
+
+def test_a_subject_on_the_host_is_refused_before_anything_is_stored():
+    with pytest.raises(ValueError, match=r"Harvest.subject = 'torch:x' .* = @Harvest\(\)"):
+        StreamConfig(harvest=HarvestConfig(subject="torch:x"))
 
 
 def test_text_that_is_masked_throughout_is_refused():
