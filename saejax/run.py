@@ -282,7 +282,7 @@ class Experiment:
             statistics=statistics,
             contexts=source.contexts,
             documents=source.documents,
-            subject=None if source.subject is None else source.subject(),
+            subject=source.subject() if source.subject and self.report.latents else None,
             site=source.site,
             operative=operative_gin,
             page=run.report,

@@ -43,7 +43,8 @@ class StoredConfig:
       path: folder (or gs://, s3:// URL) that holds the stores 'train' and 'held_out'.
       subject: the subject model they come from, for the loss with the reconstruction put back;
         None leaves that part of the evaluation out.
-      subject_shards: devices that share its weights, in the precision that they were harvested in.
+      subject_shards: devices that share its weights, in the precision that they were harvested in;
+        1 for a 'torch:' one.
     """
 
     path: str
@@ -53,6 +54,11 @@ class StoredConfig:
     def __post_init__(self) -> None:
         if self.subject_shards < 1:
             raise ValueError(f"Stored.subject_shards = {self.subject_shards}: must be at least 1.")
+        if self.subject_shards > 1 and (self.subject or "").startswith(TORCH):
+            raise ValueError(
+                f"Stored.subject_shards = {self.subject_shards}: subject {self.subject!r} runs "
+                "outside JAX and is not split over devices; set it to 1."
+            )
 
 
 DataConfig = HarvestConfig | StoredConfig | StreamConfig | SyntheticConfig
@@ -155,9 +161,11 @@ def _subject_of(store: Store, config: StoredConfig) -> Subject:
     """
     spec, name, found = store.spec, config.subject, []
     options: dict[str, Any] = {"ids_only": True}  # the tokens are in the store
-    dtypes: tuple[str, ...] = (spec.compute_dtype,)
+    dtypes: list[str] = [spec.compute_dtype]
     if not name.startswith(TORCH):
-        dtypes, options["mesh"] = DTYPES, own_mesh(config.subject_shards, 1)
+        said = store.manifest["provenance"].get("weights_dtype")
+        dtypes = sorted(DTYPES, key=lambda dtype: dtype != said)
+        options["mesh"] = own_mesh(config.subject_shards, 1)
     for dtype in dtypes:
         subject = load_subject(name, dtype=dtype, **options)
         if isinstance(subject, Subject):

@@ -64,8 +64,8 @@ def merge(
     """The manifest of a complete store from its commit records, in order; read once, none kept.
 
     Returns:
-      `spec`, `fingerprint`, `rows`, `chunks` (of every shard), `computations` (see
-      `Store.begun_with`; each once), `left_out` (rows not stored, by reason), `contexts`,
+      `spec`, `fingerprint`, `rows`, `chunks` (of every shard), `computations` (how rows were, each
+      once; not there where nobody said), `left_out` (rows not stored, by reason), `contexts`,
       `documents` (how many), `mean` (list [D]), `mean_norm` (mean of ||x||), `mean_sq_norm`,
       `total_variance` (mean of ||x - mean||^2), `count_by_position`, `norm_by_position` and
       `rms_norm_by_position` (lists [R], the first is of position `first_position`; None where no
@@ -104,7 +104,7 @@ def merge(
         "fingerprint": spec.fingerprint(),
         "rows": rows,
         "chunks": chunks,
-        "computations": list(computations.values()),
+        **({"computations": list(computations.values())} if computations else {}),
         "left_out": left_out,
         "contexts": spec.n_shards * spec.contexts_per_shard,
         "documents": documents,

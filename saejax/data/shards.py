@@ -64,7 +64,8 @@ def open_store(
       path: a local folder or any TensorStore key-value URL that ends in a folder (gs://, s3://).
       spec: must be that of the store there; needed to create one.
       mode: 'r' or 'w'.
-      computation: how this writer computes rows, as its records will say; see `Store`.
+      computation: how this writer computes rows (hardware, versions, size of a pass, which may
+        change the last bits of a row), as its commit records will say; None says nothing.
 
     Raises:
       NoStoreError: mode 'r' and there is no store at `path`.
@@ -85,8 +86,7 @@ def open_store(
         _create_arrays(files, spec)
         digests = {name: records.sha256(files.read(name) or b"") for name in _HEADERS}
         content = {"format": FORMAT, "spec": dataclasses.asdict(spec), "sha256": digests}
-        begun = {"computation": dict(computation)} if computation else {}
-        files.write_once("spec.json", content | begun)
+        files.write_once("spec.json", content)
         found = files.read_json("spec.json")
     stored = layout.stored_spec(files.name("spec.json"), found)
     if spec is not None:
@@ -97,7 +97,7 @@ def open_store(
             raise FileNotFoundError(f"{files.name(name)} is missing; restore it, or store anew.")
         if records.sha256(header) != found["sha256"][name]:
             raise CorruptStoreError(f"{files.name(name)}: damaged (checksum mismatch).")
-    return Store(files, stored, Commits(files, stored, computation), found.get("computation"))
+    return Store(files, stored, Commits(files, stored, computation))
 
 
 class Store:
@@ -106,14 +106,11 @@ class Store:
     Attributes:
       path: where it is.
       spec: what it is.
-      begun_with: how the writer that began it computes rows: hardware, versions, size of a pass,
-        which may change the last bits of a row; None where nobody said, as in an import.
     """
 
-    def __init__(self, files: Files, spec: StoreSpec, commits: Commits, begun_with: Any) -> None:
+    def __init__(self, files: Files, spec: StoreSpec, commits: Commits) -> None:
         self.path = files.root
         self.spec = spec
-        self.begun_with: dict[str, Any] | None = begun_with
         self._files = files
         self._acts, self._contexts = _open_arrays(files, spec, create=False)
         self._commits = commits

@@ -37,9 +37,15 @@ class StreamPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "group_contexts", "batch_size", "buffer_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Stream.{name} = {getattr(self, name)}: must be at least 1.")
+        settings = {
+            "Stream.lanes": self.lanes,
+            "Harvest.batch_contexts": self.group_contexts,
+            "Train.batch_size": self.batch_size,
+            "Stream.buffer_batches": self.buffer_batches,
+        }
+        for name, value in settings.items():
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1.")
         if self.batch_size % self.lanes:
             raise ValueError(
                 f"Train.batch_size = {self.batch_size} does not divide by Stream.lanes = "
@@ -48,13 +54,13 @@ class StreamPlan:
         if self.n_groups < 1:
             raise ValueError(
                 f"{self.n_contexts} contexts are fewer than one forward pass takes (Stream.lanes = "
-                f"{self.lanes} times Stream.group_contexts = {self.group_contexts}); give more "
+                f"{self.lanes} times Harvest.batch_contexts = {self.group_contexts}); give more "
                 "text, or lower one of them."
             )
         if self.rows_per_group < 1:
             raise ValueError(
                 "a group of contexts keeps no row at all: everything in it is masked (BOS, special "
-                "tokens, padding). Give other text, or a larger Stream.group_contexts."
+                "tokens, padding). Give other text, or a larger Harvest.batch_contexts."
             )
 
     @property

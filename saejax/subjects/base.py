@@ -48,6 +48,11 @@ class Subject:
     _programs: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
+    def weights_dtype(self) -> str:
+        """Type in which the weights are held."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.config.d_model

@@ -31,19 +31,22 @@ def check_computation(
     ours: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    """Compares how this process computes with how unfinished stores were begun.
+    """Compares how this process computes with the first shard there is of unfinished stores.
 
     Raises:
       ValueError: naming what differs, unless `Harvest.allow_other_computation`.
     """
     for store in stores:
-        begun = store.begun_with
+        shards = store.committed()
+        if len(shards) in (0, store.spec.n_shards):
+            continue
+        begun = store.record(shards[0]).get("computation")
         differing = [
             f"{key} was {begun.get(key)!r}, is {ours.get(key)!r}"
             for key in sorted({*ours, *begun} if begun else ())
             if begun.get(key) != ours.get(key)
         ]
-        if not differing or len(store.committed()) == store.spec.n_shards:
+        if not differing:
             continue
         text = f"{store.path} was begun otherwise than this process computes it: "
         text += "; ".join(differing)

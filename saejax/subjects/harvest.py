@@ -52,7 +52,8 @@ def harvest(
       cfg: what to store.
       workdir: folder or TensorStore URL; see `HarvestConfig.folder`.
       log: takes one line of progress, every few seconds while text is read and shards are made.
-      subject: the loaded subject, to save loading `cfg.subject` again.
+      subject: the loaded subject, to save loading `cfg.subject` again; its weights are taken in the
+        type they have.
       batch_size: rows of the batches that will be drawn; one that the shards cannot give is then
         refused before anything is stored.
       forward: the compiled pass (`filling.make_forward`), to save compiling it again.
@@ -83,6 +84,8 @@ def harvest(
         filling.run(_own_first(shards, process_index, process_count))
         for store in by_site.values():
             manifest = store.finish(_provenance(cfg, subject, contexts, store.spec))
+            if shards and len(manifest.get("computations", ())) > 1:
+                log(f"harvest: {store.path} holds shards that are rounded in more than one way")
             if shards:
                 log(_summary(store.spec, manifest))
     named = zip(asked, cfg.all_sites, strict=True)
@@ -121,11 +124,9 @@ def _open_stores(
     check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in by_path.values()))
     _check_space(root, by_path, log)
     computation = computation_of(cfg, subject)
-    begun = {path: open_store(path) for path in by_path if _is_store(path)}
-    check_computation(cfg, begun.values(), computation, log)
+    begun = (open_store(path) for path in by_path if _is_store(path))
+    check_computation(cfg, begun, computation, log)
     made = {path: open_store(path, spec, "w", computation) for path, spec in by_path.items()}
-    others = (store for path, store in made.items() if path not in begun)  # one may be by another
-    check_computation(cfg, others, computation, log)
     return {
         split: {site: made[f"{cfg.folder(root, site)}/{split}"] for site in by_site}
         for split, by_site in specs.items()
@@ -269,6 +270,7 @@ def _provenance(
         "tokenizer_fingerprint": subject.tokenizer.fingerprint,
         "lead": contexts.lead,  # tokens put before the text of each context
         "keep_special": cfg.keep_special,
+        "weights_dtype": subject.weights_dtype if isinstance(subject, Subject) else cfg.dtype,
         "text": dataclasses.asdict(cfg.text),
         "text_bytes": contexts.bytes_total,
         "text_left_out": contexts.left_out,

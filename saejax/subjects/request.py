@@ -58,7 +58,8 @@ class HarvestConfig:
         different ones: the subject's fingerprint follows it.
       allow_other_computation: go on with a store that was begun on another kind of device, with
         other versions of jax or with passes of another size, whose shards are rounded otherwise;
-        the commit records and the manifest say how each was computed.
+        the commit records and the manifest say how each was computed. One after the other: of two
+        such writers at once, one ends with an error when they meet at a shard.
       seed: seed of the permutation of contexts and of the rows' order in a shard.
       text: the text, or token ids made elsewhere, or images.
     """

@@ -236,6 +236,7 @@ REFUSED = [
     ("qwen2", {"use_sliding_window": False}, "sliding_window is missing"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("gemma3_text", {"rope_parameters": DEFAULT}, "rope_theta, rope_type; it must have"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not"),
     ("gemma3", {"text_config": None}, "needs an object text_config"),
     ("gemma3", {"text_config": {"model_type": "other"}}, "text_config.model_type = 'other'"),
 ]

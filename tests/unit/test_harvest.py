@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from saejax.data import records
 from saejax.data.contexts import load_contexts
 from saejax.data.corpus import TextConfig, read_documents
 from saejax.data.layout import MASKED
@@ -353,8 +354,9 @@ def test_a_store_is_not_continued_on_what_rounds_otherwise(cfg, subject, tmp_pat
     assert how["jax"] == jax.__version__ and train.record(1)["computation"] == how
     other = dataclasses.replace(cfg, batch_contexts=2 * cfg.batch_contexts)
     run(other)
-    (tmp_path / "train/commits/000001.json").unlink()
-    (tmp_path / "train/manifest.json").unlink()
+    manifest, record = (tmp_path / f"train/{f}.json" for f in ("manifest", "commits/000001"))
+    record.unlink()
+    manifest.unlink()
     before = content(tmp_path)
     with pytest.raises(
         ValueError,
@@ -366,6 +368,26 @@ def test_a_store_is_not_continued_on_what_rounds_otherwise(cfg, subject, tmp_pat
     (train,) = run(dataclasses.replace(other, allow_other_computation=True))[cfg.site]
     assert train.manifest["computations"] == [how, how | {"batch_contexts": 64}]
     assert train.record(1)["computation"]["batch_contexts"] == 64
+    for shard in train.committed():  # nothing is there that would be rounded otherwise
+        (tmp_path / f"train/commits/{shard:06d}.json").unlink()
+    manifest.unlink()
+    (train,) = run(dataclasses.replace(cfg, batch_contexts=16))[cfg.site]
+    assert train.manifest["computations"] == [how | {"batch_contexts": 16}]
+
+
+def test_a_store_of_before_is_not_written_to(cfg, subject, tmp_path):
+    """One whose records do not say how its rows were computed."""
+    (train,) = harvest(cfg, tmp_path, str, subject=subject, splits=("train",))[cfg.site]
+    path = tmp_path / "train/manifest.json"
+    for file in [*(tmp_path / "train/commits").iterdir(), path]:
+        content = records.unseal(file.read_bytes(), file.name)
+        content.pop("computation", None), content.pop("computations", None)
+        file.write_bytes(records.seal(content))
+    before = path.read_bytes()
+    stamp = path.stat().st_mtime_ns
+    train = open_store(tmp_path / "train")
+    assert train.finish(train.manifest["provenance"]) == records.unseal(before, "manifest")
+    assert path.stat().st_mtime_ns == stamp
 
 
 class HostSubject:

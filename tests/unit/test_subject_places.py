@@ -127,7 +127,7 @@ def test_the_subject_of_a_harvest_leaves_the_devices_to_the_training(config, tmp
     assert not (tmp_path / "no").exists()
 
 
-def test_weights_in_bfloat16_are_another_subject(config, tmp_path):
+def test_weights_in_bfloat16_are_another_subject(config, tmp_path, monkeypatch):
     half = dataclasses.replace(config, weights_dtype="bfloat16")
     stores = {}
     for cfg in (config, half):
@@ -139,8 +139,16 @@ def test_weights_in_bfloat16_are_another_subject(config, tmp_path):
     np.testing.assert_array_equal(*(s.read_shard_rows(0).rows for s in stores.values()))
     with pytest.raises(ValueError, match=r"another spec \(subject_fingerprint: stored '\w+', wan"):
         harvest(half, tmp_path / "float32", str)
-    for dtype, store in stores.items():  # a run on the stores finds which it was
+    read = []
+
+    def load(name, *, dtype, **options):
+        read.append(dtype)
+        return load_subject(name, dtype=dtype, **options)
+
+    monkeypatch.setattr("saejax.sources.load_subject", load)
+    for dtype, store in stores.items():  # a run on the stores is told which it was
         made = opened(StoredConfig(path=str(tmp_path / dtype), subject="embedded"), tmp_path)
+        assert read.pop() == dtype and read == []
         assert made.subject().fingerprint == store.spec.subject_fingerprint
         assert made.subject().params["embed"].dtype == jnp.dtype(dtype)
         assert made.inputs().subject is made.subject()
@@ -160,6 +168,8 @@ def test_other_weights_than_the_store_has_are_named_in_both_precisions(
         opened(StoredConfig(path=str(tmp_path), subject="embedded"), tmp_path)
     with pytest.raises(ValueError, match=r"Stored\.subject_shards = 0: must be at least 1"):
         StoredConfig(path=str(tmp_path), subject_shards=0)
+    with pytest.raises(ValueError, match=r"Stored\.subject_shards = 2: .* runs outside JAX"):
+        StoredConfig(path=str(tmp_path), subject="torch:x/y", subject_shards=2)
 
 
 def test_the_precision_of_weights_is_a_setting(config):

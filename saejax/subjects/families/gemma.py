@@ -59,6 +59,7 @@ def read_gemma2(raw: Mapping[str, Any]) -> Config:
 def read_gemma3(raw: Mapping[str, Any]) -> Config:
     """The same for Gemma 3's text model; its full-attention layers have a RoPE of their own."""
     raw = _GEMMA3 | dict(raw)
+    fields.refuse_unless(raw, {"attn_logit_softcapping": None})  # transformers passes it over
     given = llama.shape(raw)
     n_layers, every = given["n_layers"], fields.whole(raw, "sliding_window_pattern", 6)
     kinds = [
