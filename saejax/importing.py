@@ -54,7 +54,8 @@ class ImportConfig:
       held_out_percent: share of contexts held out, drawn for (seed, number of the context).
       subject: the model that the activations come from, as for `Harvest.subject`: its fingerprint
         lets `Stored.subject` evaluate the loss, its special tokens are masked, and tokens and
-        site are checked against it. None: not known.
+        site are checked against it (of one that takes images, the site alone; it has no
+        special tokens). None: not known.
       site: name of the site; None for the format's, or 'unknown'.
       first_position: positions of a context before it are not stored; None for the format's, 0.
       bos, special, pad: token ids whose activations are not stored.
@@ -184,10 +185,11 @@ class _Source:
             log(f"import: looks at {self._reader.count:,} rows for NaN, masks and norms")
             self._kept, self._left_out = self._reader.sound_rows(self._ratio)
 
-    def _know(self, name: str) -> int:
-        """Takes over what the subject says; its vocabulary."""
+    def _know(self, name: str) -> int | None:
+        """Takes over what the subject says; its vocabulary, or None if it takes images."""
         subject = load_subject(name, dtype=SUBJECT_DTYPE)
-        if not self._parts[0].tokens:
+        pixels = getattr(subject, "takes", "tokens") == "pixels"
+        if not pixels and not self._parts[0].tokens:
             raise ValueError(
                 f"{self._cfg.source} has no token ids, so subject {subject.name!r} cannot be run "
                 "on them; leave out --subject"
@@ -199,6 +201,8 @@ class _Source:
             )
         self._subject, self._fingerprint = subject.name, subject.fingerprint
         self._compute_dtype = SUBJECT_DTYPE
+        if pixels:
+            return None  # contexts are images: what stands for token ids are their numbers
         tokenizer = subject.tokenizer
         if not self._foreign.filtered:
             self._codes |= dict.fromkeys(tokenizer.special_ids, _SPECIAL)

@@ -25,7 +25,7 @@ from saejax.data.tokens import Contexts
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = ".npy"
 SUFFIXES = (*FILES, ARRAY)
-_ANY_CASE = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))  # cameras write .JPG
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of transformers, and of 5
 _PER_CHANNELS = {1: "L", 3: "RGB"}
 # Of 8 bits a channel; Pillow would clip what has more.
 _MODES = frozenset("1 L LA La P PA RGB RGBA RGBX RGBa CMYK YCbCr LAB HSV".split())
@@ -44,8 +44,9 @@ class ImagesConfig:
       source: a folder, with all in it, or a file. A .png, .jpg, .jpeg, .webp or .bmp file is an
         image, read with the package pillow: turned upright as its EXIF data say, made RGB (grey for
         a tower of one channel; transparency is dropped), and preprocessed as the
-        preprocessor_config.json in the subject's folder says. A .npy file holds pixels that are
-        preprocessed already, as the tower takes them: floats [N, C, H, W], or [C, H, W] of one.
+        preprocessor_config.json or processor_config.json in the subject's folder says. A .npy file
+        holds pixels that are preprocessed already, as the tower takes them: floats [N, C, H, W],
+        or [C, H, W] of one.
       held_out_percent: share of the images held out, chosen by the sha256 of their name: the path
         in the folder, with '#number' in an array [N, C, H, W].
       max_images: at most so many images in each split, in the order of their hash. None takes all.
@@ -103,7 +104,7 @@ class Images(Patches):
         """Lists the images; of arrays the headers are read, of image files nothing.
 
         Raises:
-          FileNotFoundError: no such path, or no preprocessor_config.json.
+          FileNotFoundError: no such path, or no file that says how to preprocess.
           ValueError: no images; an array of another shape or type; a package is missing.
         """
         self.cfg, self._tower = cfg, tower
@@ -246,8 +247,9 @@ class Images(Patches):
             if pixels.shape != self._tower.pixels:
                 raise ValueError(
                     f"{path}: preprocessed to shape {pixels.shape}, but subject "
-                    f"{self._tower.name!r} takes {self._tower.pixels}; take the "
-                    "preprocessor_config.json that belongs to the model"
+                    f"{self._tower.name!r} takes {self._tower.pixels}; set size "
+                    f"(and crop_size) in the model's {' or '.join(PROCESSORS)} so that every image "
+                    "comes out in that size, or take the file that belongs to the model"
                 )
         if not np.isfinite(pixels).all():
             place = path if row is None else f"{path}, image {row}"
@@ -271,9 +273,19 @@ class Images(Patches):
                 f"{path}: Pillow's mode {image.mode!r} has more than 8 bits a channel; convert the "
                 f"image to 8 bits, or give {ARRAY} arrays of pixels"
             )
+        if _png_bits(raw) > 8:
+            raise ValueError(
+                f"{path}: {_png_bits(raw)} bits a channel, more than 8; convert the image to 8 "
+                f"bits, or give {ARRAY} arrays of pixels"
+            )
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB, Pillow warns of what is lost
         return image.convert(_PER_CHANNELS[self._tower.pixels[0]])
+
+
+def _png_bits(raw: bytes) -> int:
+    """Bits a channel of a PNG file, from its header; Pillow does not tell. 8 of other formats."""
+    return raw[24] if raw.startswith(b"\x89PNG\r\n\x1a\n") and len(raw) > 24 else 8
 
 
 def _is_array(path: pathlib.Path) -> bool:
@@ -288,8 +300,10 @@ def _image_files(source: str) -> list[tuple[pathlib.Path, str]]:
             f"Images.source = {source!r}: no such file or folder; give one that exists"
         )
     if root.is_dir():
-        return [(root / name, name) for name in sorted(walk(root, _ANY_CASE, frozenset()))]
-    if not root.name.endswith(_ANY_CASE):
+        below = walk(root, ("",), frozenset())  # all, for cameras write .JPG
+        found = sorted(name for name in below if name.lower().endswith(SUFFIXES))
+        return [(root / name, name) for name in found]
+    if not root.name.lower().endswith(SUFFIXES):
         raise ValueError(f"Images.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
     return [(root, root.name)]
 

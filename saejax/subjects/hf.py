@@ -42,6 +42,7 @@ _FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 
 

@@ -47,6 +47,8 @@ class TorchSubject:
       fingerprint: first 16 hex digits of the sha256 of config and weights, as loaded.
       max_context: longest context in tokens; number of patches and the like for pixels.
       shapes: site to (positions of the probe, width).
+      pixels: channels, height and width of the images that a vision tower takes: as its processor
+        makes them if the tower takes that size, else as config.json says.
       revision: commit of the hub's repository it came from, or ''.
       folder: where it was read.
     """
@@ -59,6 +61,7 @@ class TorchSubject:
     fingerprint: str
     max_context: int
     shapes: dict[str, tuple[int, int]]
+    pixels: tuple[int, int, int] = (0, 0, 0)
     revision: str = ""
     folder: pathlib.Path = pathlib.Path()
 
@@ -121,11 +124,6 @@ class TorchSubject:
     def positions(self, site: str) -> int:
         """Of pixels, the vectors that a site has for each image."""
         return self.shapes[self.resolve_site(site)][0]
-
-    @property
-    def pixels(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images it takes."""
-        return _pixel_shape(self.model.config)
 
     @functools.cached_property
     def _processor(self) -> Any:
@@ -213,7 +211,8 @@ def load(
     Raises:
       FileNotFoundError, PermissionError: as of `hf.load_subject`, or no safetensors there.
       ValueError: PyTorch or transformers is not installed; the architecture is unknown to
-        transformers without code of the repository; the file lacks some of the weights.
+        transformers without code of the repository; the file lacks some of the weights; the
+        model takes neither tokens nor images, or cannot be run on these alone.
     """
     if missing := [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]:
         raise ValueError(
@@ -229,10 +228,8 @@ def load(
             "save_pretrained"
         )
     model, left_out = _load_model(folder, name, dtype)
-    takes = "pixels" if model.main_input_name == "pixel_values" else "tokens"
-    shapes = _find_sites(model, takes, left_out)
-    if not shapes:
-        raise ValueError(f"subject {name!r}: no module of it gives [B, T, width]")
+    find = functools.partial(_find_sites, model, left_out)
+    takes, pixels, shapes = towers.probe(model, name, folder, find)
     size = getattr(model.config, "vocab_size", 0)
     vocabulary = Patches(1) if tokenizer else None
     if tokenizer and takes == "tokens":
@@ -247,6 +244,7 @@ def load(
         fingerprint=_fingerprint(model),
         max_context=_max_context(model, takes, shapes),
         shapes=shapes,
+        pixels=pixels or (0, 0, 0),
         revision=revision,
         folder=folder,
     )
@@ -286,13 +284,18 @@ def _load_model(folder: Any, name: str, dtype: str) -> tuple[Any, tuple[str, ...
     return model.to(device).eval(), ("pooler",) if missing else ()
 
 
-def _find_sites(model: Any, takes: str, left_out: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Site to (positions, width): modules that run once and give or are given [B, T, width]."""
+def _find_sites(
+    model: Any, left_out: tuple[str, ...], pixels: tuple[int, int, int] | None
+) -> dict[str, tuple[int, int]]:
+    """Site to (positions, width): modules that run once and give or are given [B, T, width].
+
+    The model is run on images of shape `pixels`, or on tokens if that is None.
+    """
     import torch
 
     rows, length = _PROBE
-    if takes == "pixels":
-        shape = (rows, *_pixel_shape(model.config))
+    if pixels:
+        shape = (rows, *pixels)
         inputs = {"pixel_values": torch.zeros(shape, dtype=model.dtype, device=model.device)}
     else:
         ids = torch.ones(_PROBE, dtype=torch.int64, device=model.device)
@@ -303,18 +306,12 @@ def _find_sites(model: Any, takes: str, left_out: tuple[str, ...]) -> dict[str, 
     def note(site: str, value: Any) -> None:
         calls[site] += 1
         good = value.ndim == 3 and value.shape[0] == rows and value.is_floating_point()
-        if good and (takes == "pixels" or value.shape[1] == length):
+        if good and (pixels or value.shape[1] == length):
             shapes[site] = tuple(value.shape[1:])
 
     _forward(model, inputs, None, note)
     once = {site: shape for site, shape in shapes.items() if calls[site] == 1}
     return {site: s for site, s in once.items() if re.split("[.:]", site)[0] not in left_out}
-
-
-def _pixel_shape(config: Any) -> tuple[int, int, int]:
-    size = config.image_size
-    high, wide = (size, size) if isinstance(size, int) else size
-    return config.num_channels, high, wide
 
 
 def _forward(model: Any, inputs: dict[str, Any], sites: set[str] | None, see: Any) -> None:

@@ -1,16 +1,30 @@
-"""Vision towers, which take pixels: asked by the numbers of images, as others are by tokens."""
+"""Vision towers, which take pixels: asked by the numbers of images, as others are by tokens.
+
+`probe` finds which of both a model of PyTorch takes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from saejax.data.images import Images
+from saejax.data.images import PROCESSORS, Images
+
+# Width and height of the images that show what a processor makes of any: wide, and high.
+_SHOWN = ((301, 211), (197, 307))
+_TAKES = {"input_ids": "tokens", "pixel_values": "pixels"}  # by `main_input_name`
+_SUPPORTED = (
+    "the adapter runs models that take input_ids [B, T] or pixel_values [B, channels, height, "
+    "width] and have modules that give [B, T, width]"
+)
+
+Pixels = tuple[int, int, int]  # channels, height, width
+Shapes = dict[str, tuple[int, int]]  # site to (positions, width)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,16 +101,16 @@ def read_processor(folder: pathlib.Path) -> Any:
     model that has none, torchvision's.
 
     Raises:
-      FileNotFoundError: no preprocessor_config.json.
+      FileNotFoundError: neither preprocessor_config.json nor processor_config.json.
       ValueError: transformers does not know it, lacks a package for it, or is too old.
     """
     import transformers
 
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    path = next((folder / name for name in PROCESSORS if (folder / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(
-            f"{folder} has no {path.name}, which says how images become pixels: add the model's, "
-            "or give .npy arrays of pixels that are preprocessed already"
+            f"{folder} has no {' or '.join(PROCESSORS)}, which says how images become pixels: add "
+            "the model's, or give .npy arrays of pixels that are preprocessed already"
         )
     try:
         found = transformers.AutoImageProcessor.from_pretrained(
@@ -120,3 +134,80 @@ def describe_processor(processor: Any) -> str:
     """Its settings, as JSON."""
     settings = {"backend": processor.backend, **processor.to_dict()}
     return json.dumps(settings, sort_keys=True, default=str)
+
+
+def probe(
+    model: Any, name: str, folder: pathlib.Path, find_sites: Callable[[Pixels | None], Shapes]
+) -> tuple[str, Pixels | None, Shapes]:
+    """What a model takes, the shape of its images or None, and its sites.
+
+    Args:
+      model: of transformers.
+      name: how it was asked for.
+      folder: where it was read.
+      find_sites: runs it on images of a shape, or on tokens if that is None.
+
+    Raises:
+      ValueError: it takes neither, images of unknown size, or more than these; or it has no sites.
+    """
+    given = model.main_input_name
+    told = f"subject {name!r} ({type(model).__name__}) takes {given}"
+    if given not in _TAKES:
+        raise ValueError(f"{told}; {_SUPPORTED}")
+    tried = _pixel_shapes(folder, model.config) if given == "pixel_values" else [None]
+    if not tried:
+        raise ValueError(
+            f"{told} of unknown size: its config.json has no usable image_size, and its folder no "
+            f"usable {' or '.join(PROCESSORS)}; {_SUPPORTED}"
+        )
+    reason = ""
+    for shape in tried:
+        try:
+            sites = find_sites(shape)
+        except Exception as error:  # of the model's own code, which may raise anything
+            first = str(error).strip().partition("\n")[0]
+            of = f" of {given} {shape}" if shape else ""
+            reason += f"; a pass{of} ends in {type(error).__name__}: {first}"
+            continue
+        if not sites:
+            raise ValueError(f"{told}, and no module of it gives [B, T, width]; {_SUPPORTED}")
+        return _TAKES[given], shape, sites
+    raise ValueError(f"{told}, and cannot be run on them alone{reason}; {_SUPPORTED}")
+
+
+def _pixel_shapes(folder: pathlib.Path, config: Any) -> list[Pixels]:
+    """Channels, height and width that a tower may take, the likeliest first.
+
+    That is what its processor makes of images (of DINOv2, whose position embeddings are
+    interpolated, config.json names another size), and then what config.json names.
+
+    Args:
+      folder: the model's; without a processor that can be used, config.json alone counts.
+      config: of transformers.
+    """
+    channels = getattr(config, "num_channels", 3)
+    found = [_processed_shape(folder, channels), _configured_shape(config, channels)]
+    return list(dict.fromkeys(shape for shape in found if shape is not None))
+
+
+def _processed_shape(folder: pathlib.Path, channels: int) -> Pixels | None:
+    """None where there is no processor, or the size that it gives depends on the image."""
+    try:
+        from PIL import Image
+
+        processor = read_processor(folder)
+        images = [Image.new("L" if channels == 1 else "RGB", size) for size in _SHOWN]
+        made = [processor(images=i, return_tensors="np")["pixel_values"][0] for i in images]
+        shapes = {tuple(np.shape(pixels)) for pixels in made}
+    except Exception:  # of any kind: it is told where image files are read, and arrays need none
+        return None
+    shape = shapes.pop()
+    return None if shapes or len(shape) != 3 else shape
+
+
+def _configured_shape(config: Any, channels: int) -> Pixels | None:
+    size = getattr(config, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2:
+        return None
+    return (channels, *sides)

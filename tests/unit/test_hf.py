@@ -220,9 +220,13 @@ def test_answers_of_the_hub_become_one_clear_line(monkeypatch, folder, name, err
     commit.mkdir(parents=True)
     for file in folder.glob("*.*"):
         file.rename(commit / file.name)
-    hub.snapshot_download = lambda repository, allow_patterns: str(commit)
+    asked = []
+    hub.snapshot_download = lambda repository, allow_patterns: (
+        asked.extend(allow_patterns) or str(commit)
+    )
     subject = hf.load_subject("owner/model")
     assert (subject.name, subject.revision) == ("owner/model", "0123abc")
+    assert {"preprocessor_config.json", "processor_config.json"} < set(asked)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,20 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
 
 from saejax.data import images as images_module
 from saejax.data.corpus import TextConfig
+from saejax.data.exporting import export
 from saejax.data.images import Images, ImagesConfig
 from saejax.data.loader import Loader, LoaderConfig
 from saejax.data.shards import open_store
 from saejax.data.splits import hash_fraction
+from saejax.importing import ImportConfig, import_activations
 from saejax.mesh import MeshShape, make_mesh
 from saejax.model.sae import SAEConfig
 from saejax.sources import StoredConfig, open_source
@@ -240,6 +244,14 @@ def test_where_there_are_no_images(arrays, cfg, tmp_path):
     refused(changed(cfg, held_out_percent=0.0), tmp_path, "leaves the held_out split empty")
 
 
+def test_names_end_in_any_case(arrays, cfg, tmp_path):
+    for before, name in (("m.npy", "m.Npy"), ("z.npy", "z.NPY")):
+        (arrays[0] / before).rename(arrays[0] / name)
+    images = Images(cfg.text, Tower())
+    assert {images.name(i).partition("#")[0] for i in range(29)} == {"deep/b.npy", "m.Npy", "z.NPY"}
+    assert Images(changed(cfg, source=str(arrays[0] / "m.Npy")).text, Tower()).vocab_size == 20
+
+
 @pytest.mark.parametrize(
     ("made", "match"),
     [
@@ -346,6 +358,12 @@ def test_files_are_decoded_and_preprocessed(files, cfg, tmp_path):
     assert Images(asked.text, Tower("crop")).contexts("train", 5).fingerprint != same
 
 
+def chunk(kind, content):
+    """A part of a PNG file."""
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+
 def test_files_that_are_no_images_are_named(files, cfg, tmp_path):
     image = pytest.importorskip("PIL.Image")
     asked, whole = changed(cfg, source=str(files)), files / "i00.png"
@@ -356,10 +374,15 @@ def test_files_that_are_no_images_are_named(files, cfg, tmp_path):
     refused(asked, tmp_path, r"deep/bad.png is no sound image: Pillow does not know the format")
     image.fromarray(np.zeros((5, 5), "u2")).save(bad)
     refused(asked, tmp_path, r"deep/bad.png: Pillow's mode 'I;16' has more than 8 bits a channel")
+    header, data = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0), zlib.compress(bytes(4 * 25))
+    bad.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+    refused(asked, tmp_path, "deep/bad.png: 16 bits a channel, more than 8; convert the image")
     bad.unlink()
     tower = Tower()
     tower.preprocess = lambda image: np.zeros((3, 8, 8), "f4")
-    message = r"preprocessed to shape \(3, 8, 8\), but subject 'torch:tower' takes \(3, 4, 4\)"
+    message = r"preprocessed to shape \(3, 8, 8\), but subject .* takes \(3, 4, 4\); set size"
     refused(asked, tmp_path, message, subject=tower)
     tower = Tower()
     tower.pixels = (4, 4, 4)
@@ -405,6 +428,88 @@ def towers(tmp_path_factory):
         model.eval().save_pretrained(folders[name])
         processor.save_pretrained(folders[name])
     return {name: (made[name][0], folder) for name, folder in folders.items()}
+
+
+def resized(folder, side):
+    tf = pytest.importorskip("transformers")
+    size = {"height": side, "width": side}
+    tf.BitImageProcessor(size={"shortest_edge": side + 2}, crop_size=size).save_pretrained(folder)
+
+
+def test_a_tower_that_interpolates_takes_the_size_of_its_processor(files, cfg, tmp_path):
+    torch, tf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    small = {k: v for k, v in SMALL.items() if k != "intermediate_size"} | {"image_size": 20}
+    model = tf.Dinov2Model(tf.Dinov2Config(**small)).eval()
+    model.save_pretrained(tmp_path / "model")
+    name, site = f"torch:{tmp_path / 'model'}", "encoder.layer.0"
+    subject = load_subject(name)
+    assert (subject.pixels, subject.positions(site)) == ((3, 20, 20), 26), "as config.json says"
+    resized(tmp_path / "model", 12)
+    subject = load_subject(name)
+    assert (subject.pixels, subject.positions(site), subject.max_context) == ((3, 12, 12), 10, 10)
+    asked = dataclasses.replace(cfg, subject=name, site=site, context_length=10)
+    harvest(changed(asked, source=str(files)), tmp_path / "files", subject=subject)
+    pixels = np.random.default_rng(0).normal(size=(9, 3, 12, 12)).astype("f4")
+    np.save(tmp_path / "pixels.npy", pixels)
+    stores = harvest(changed(asked, source=str(tmp_path / "pixels.npy")), tmp_path / "s")[site]
+    found = stores[0].read_shard_rows(0)
+    with torch.no_grad():
+        states = model(torch.tensor(pixels), output_hidden_states=True).hidden_states[1].numpy()
+    rows = [int(stores[0].documents[d].partition("#")[2]) for d in found.document]
+    error = np.abs(found.rows.astype("f4") - states[rows, 1:])
+    assert (error <= 2.0**-8 * np.abs(states[rows, 1:]) + 1e-5).all()
+
+
+def test_a_tower_that_does_not_take_the_size_of_its_processor(towers, files, cfg, tmp_path):
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(towers["vit"][1], copy)
+    resized(copy, 16)
+    subject = load_subject(f"torch:{copy}")
+    assert subject.pixels == (3, 12, 12)
+    asked = dataclasses.replace(changed(cfg, source=str(files)), site="layers.0", context_length=10)
+    message = r"to shape \(3, 16, 16\), .* takes \(3, 12, 12\); set size \(and crop_size\)"
+    refused(asked, tmp_path, message, subject=subject)
+
+
+def test_a_processor_saved_with_the_texts(towers, files, cfg, tmp_path):
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree(towers["clip"][1], copy)
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    (copy / "preprocessor_config.json").unlink()
+    both = {"processor_class": "CLIPProcessor", "image_processor": settings}
+    (copy / "processor_config.json").write_text(json.dumps(both))
+    site, told = "encoder.layers.0", []
+    for folder in (towers["clip"][1], copy):
+        asked = dataclasses.replace(
+            changed(cfg, source=str(files)), subject=f"torch:{folder}", site=site, context_length=10
+        )
+        told.append(harvest(asked, tmp_path / f"s{len(told)}")[site][0].spec.text_fingerprint)
+    assert told[0] == told[1]
+
+
+def test_an_import_that_names_its_tower(towers, cfg, tmp_path):
+    np.save(tmp_path / "pixels.npy", np.zeros((9, 3, 12, 12), "f4"))
+    name, site = f"torch:{towers['vit'][1]}", "layers.0"
+    asked = dataclasses.replace(
+        changed(cfg, source=str(tmp_path / "pixels.npy")),
+        subject=name, site=site, context_length=10,
+    )  # fmt: skip
+    store, _ = harvest(asked, tmp_path / "s")[site]
+    export(store, tmp_path / "exported")
+    wanted = ImportConfig(source=str(tmp_path / "exported"), width=16, subject=name, split="train")
+    taken = import_activations(wanted, tmp_path / "imported")["train"]
+    assert taken.spec.subject_fingerprint == load_subject(name).fingerprint
+    assert (taken.spec.subject, taken.n_rows) == (name, store.n_rows)
+    np.save(tmp_path / "elsewhere.npy", np.ones((8, 10, 16), "f4"))
+    wanted = dataclasses.replace(wanted, source=str(tmp_path / "elsewhere.npy"), site=site)
+    taken = import_activations(wanted, tmp_path / "arrays")["train"]
+    assert taken.spec.subject == name, "without numbers of images, too"
+    with pytest.raises(ValueError, match=r"site = 'layers\.7' does not exist"):
+        import_activations(dataclasses.replace(wanted, site="layers.7"), tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -454,7 +559,7 @@ def test_a_folder_that_does_not_say_how_images_become_pixels(towers, files, cfg,
     refused(asked, tmp_path, "preprocessor_config.json cannot be used", subject=subject)
     settings.unlink()
     subject = load_subject(f"torch:{copy}")
-    message = "has no preprocessor_config.json, which says how .* or give .npy arrays"
+    message = "has no preprocessor_config.json or processor_config.json, .* or give .npy arrays"
     refused(asked, tmp_path, message, FileNotFoundError, subject=subject)
     np.save(tmp_path / "pixels.npy", np.zeros((9, 3, 12, 12), "f4"))
     harvest(changed(asked, source=str(tmp_path / "pixels.npy")), tmp_path / "s", subject=subject)

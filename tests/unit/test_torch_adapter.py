@@ -170,6 +170,38 @@ def test_the_fingerprint_follows_weights_and_type(folders):
         load(folder, dtype="int8")
 
 
+def unsupported(tf):
+    """Models that take what the adapter does not give: name, model, what is said."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 24}
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    heard = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (2, 2)}
+    heard |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4}
+    sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    whisper = {f"{end}_{k}": v for end in ("encoder", "decoder") for k, v in sizes.items()}
+    whisper |= {"d_model": 16, "vocab_size": 60, "num_mel_bins": 8, "max_source_positions": 20}
+    whisper |= {f"{kind}_token_id": 0 for kind in ("bos", "eos", "pad", "decoder_start")}
+    video = {"image_size": 16, "patch_size": 4, "num_frames": 4, "tubelet_size": 2}
+    convnext = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "image_size": 32}
+    unknown = r"pixel_values of unknown size: its config\.json has no usable image_size"
+    yield tf.ResNetModel(tf.ResNetConfig(**resnet)), unknown
+    yield tf.ConvNextModel(tf.ConvNextConfig(**convnext)), "and no module of it gives"
+    heard = tf.Wav2Vec2Config(**small, **heard, num_conv_pos_embedding_groups=2)
+    yield tf.Wav2Vec2Model(heard), "takes input_values; "
+    yield tf.WhisperModel(tf.WhisperConfig(**whisper)), "takes input_features; "
+    alone = r"cannot be run on them alone; a pass of pixel_values \(3, 16, 16\) ends in ValueError"
+    yield tf.VideoMAEModel(tf.VideoMAEConfig(**small, **video)), alone
+
+
+def test_models_that_take_something_else_are_refused_in_one_line(tmp_path):
+    pytest.importorskip("torch")
+    for model, told in unsupported(pytest.importorskip("transformers")):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        with pytest.raises(ValueError, match=f"subject 'torch:.*{told}.*adapter runs models that"):
+            load(folder)
+
+
 def test_code_and_pickles_are_refused(folders, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(
