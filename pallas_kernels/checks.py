@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = ("bfloat16", "float32", "float64")
+_WIDE = FLOATS[1:]  # what sums and optimizers keep
 _INDEX_LIMIT = 2**31
 
 
@@ -17,7 +18,7 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
       op, name: of the operation and the argument, for the error.
       value: anything with a shape and a dtype.
       shape: expected sizes; None is any.
-      kind: "float", "int32" or "bool".
+      kind: "float", "wide" (float32 or float64), "int32" or "bool".
 
     Raises:
       ValueError: the shape differs, or an entry could not be addressed by 32-bit arithmetic.
@@ -31,7 +32,7 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
     )
     if not same:
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, but must have {wanted}")
-    allowed = FLOATS if kind == "float" else (kind,)
+    allowed = {"float": FLOATS, "wide": _WIDE}.get(kind, (kind,))
     if jnp.dtype(value.dtype).name not in allowed:
         raise TypeError(
             f"{op}: {name} has dtype {jnp.dtype(value.dtype).name}, but must be one of "
@@ -100,3 +101,35 @@ def optional(op: str, name: str, value: Any, shape: tuple[int | None, ...]):
     """`array`, where None is allowed."""
     if value is not None:
         array(op, name, value, shape)
+
+
+def state(op: str, arrays: dict[str, Any], like: Any):
+    """Checks what an optimizer keeps, by name: as large as `like` and of its dtype, or None.
+
+    Raises:
+      ValueError, TypeError: see `array`; a dtype is neither float32 nor float64, or not `like`'s.
+    """
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        array(op, name, value, like.shape, "wide")
+        if value.dtype != like.dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {jnp.dtype(value.dtype).name}, but weights and optimizer "
+                f"state must be of one dtype, and the first is {jnp.dtype(like.dtype).name}"
+            )
+
+
+def dtype(op: str, name: str, value: Any) -> jnp.dtype:
+    """The dtype that an option asks for.
+
+    Raises:
+      TypeError: it is none, or none of those supported.
+    """
+    try:
+        found = jnp.dtype(value).name
+    except TypeError:
+        found = repr(value)
+    if found not in FLOATS:
+        raise TypeError(f"{op}: {name} is {found}, but must be one of {', '.join(FLOATS)}")
+    return jnp.dtype(found)

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 KERNELS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # implementation -> its platform
+_IMPLEMENTATIONS = (*KERNELS, "xla", "reference")
+_PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 _FIRST_JAX = {"mosaic_gpu": (0, 11), "mosaic_tpu": (0, 10, 2)}
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -66,8 +68,17 @@ def target(platform: str, device_kind: str = "") -> Iterator[None]:
     """What is traced inside is meant for another device: a mesh's, or one that is not here.
 
     A function that `jax.jit` has compiled before is not traced again, and keeps what it picked.
+
+    Args:
+      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu".
+      device_kind: see `Target`.
+
+    Raises:
+      ValueError: there is no such platform.
     """
-    token = _TARGET.set(Target("gpu" if platform in ("cuda", "rocm") else platform, device_kind))
+    if platform not in _PLATFORMS:
+        raise ValueError(f"target: platform = {platform!r} must be one of {list(_PLATFORMS)}")
+    token = _TARGET.set(Target(_PLATFORMS[platform], device_kind))
     try:
         yield
     finally:
@@ -93,7 +104,15 @@ def preferring(implementation: str | None) -> Iterator[None]:
     """Operations traced inside that have this implementation use it, or raise; None is no wish.
 
     Those for which a call names an implementation are not affected.
+
+    Raises:
+      ValueError: no operation has such an implementation.
     """
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"preferring: implementation = {implementation!r} must be one of "
+            f"{list(_IMPLEMENTATIONS)} or None (no wish)"
+        )
     token = _PREFERRED.set(implementation)
     try:
         yield

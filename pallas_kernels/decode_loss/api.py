@@ -56,5 +56,6 @@ def decode_loss(
     checks.array(op, "w_LD", w_LD, (None, None))
     checks.array(op, "target_BD", target_BD, (values_BK.shape[0], w_LD.shape[1]))
     arrays = (values_BK, indices_BK, w_LD, target_BD)
-    dtype = jnp.dtype(residual_dtype or target_BD.dtype)
+    dtype = target_BD.dtype if residual_dtype is None else residual_dtype
+    dtype = checks.dtype(op, "residual_dtype", dtype)
     return DecodeLoss(*dispatch.call(op, implementation, AVAILABLE, *arrays, residual_dtype=dtype))

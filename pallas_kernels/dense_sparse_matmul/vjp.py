@@ -40,6 +40,7 @@ def dense_sparse_matmul(
     op = "dense_sparse_matmul"
     checks.code(op, values_BK, indices_BK, ("values_BK", "indices_BK"))
     checks.array(op, "w_LD", w_LD, (None, None))
+    checks.result(op, values_BK.shape[0], w_LD.shape[1])
     return dispatch.call(op, implementation, AVAILABLE, values_BK, indices_BK, w_LD)
 
 

@@ -8,7 +8,8 @@ from jax import lax
 
 from pallas_kernels import ordered
 
-# Gathered rows of a block: enough work per pass, little memory beside the matrices.
+# Gathered rows of a block: enough work per pass, little memory beside the matrices. On a GPU, where
+# a block takes a scan's rounds, each a launch, nothing else bounds it.
 _BLOCK_BYTES = 2**26
 _MOST_PAIRS = 4096
 
@@ -40,7 +41,8 @@ def _over_blocks(count, arrays, width: int, start, body: Callable):
     length = len(arrays[0])
     if not length:
         return start
-    block = min(_MOST_PAIRS, max(_BLOCK_BYTES // (4 * width), 8), length)
+    most = length if ordered.needed() else _MOST_PAIRS
+    block = min(most, max(_BLOCK_BYTES // (4 * width), 8), length)
 
     def one(i, carry):
         first = jnp.minimum(i * block, length - block)

@@ -31,7 +31,7 @@ class RowSettings:
 
 
 class RowScalars(NamedTuple):
-    """What changes from step to step.
+    """What changes from step to step: arrays of shape (), or numbers.
 
     Attributes:
       learning_rate: float32.
@@ -92,7 +92,8 @@ def row_update(
 
     Args:
       w_LD, g_LD, mu_LD, nu_LD: `[L, D]` weights, gradient, Adam's moments.
-      ema_LD: `[L, D]` running average; None exactly if `settings.ema_decay` is.
+      ema_LD: `[L, D]` running average; None exactly if `settings.ema_decay` is. It, the weights
+        and the moments are of one dtype, float32 or float64.
       scalars: see `RowScalars`.
       settings: see `RowSettings`.
       copy_dtype: of the copy; None makes none.
@@ -103,14 +104,13 @@ def row_update(
       NotImplementedError: the named implementation cannot run here.
     """
     op = "row_update"
-    checks.array(op, "w_LD", w_LD, (None, None))
-    for name, value in (("g_LD", g_LD), ("mu_LD", mu_LD), ("nu_LD", nu_LD)):
-        checks.array(op, name, value, w_LD.shape)
+    checks.array(op, "w_LD", w_LD, (None, None), "wide")
+    checks.array(op, "g_LD", g_LD, w_LD.shape)
     check_average(op, "ema_LD", ema_LD, settings)
-    checks.optional(op, "ema_LD", ema_LD, w_LD.shape)
-    scalars = in_dtype(scalars, w_LD.dtype)
+    checks.state(op, {"mu_LD": mu_LD, "nu_LD": nu_LD, "ema_LD": ema_LD}, w_LD)
+    scalars = in_dtype(op, scalars, w_LD.dtype)
     arrays = (w_LD, g_LD, mu_LD, nu_LD, ema_LD, scalars)
-    settled = {"settings": settings, "copy_dtype": copy_dtype and jnp.dtype(copy_dtype)}
+    settled = {"settings": settings, "copy_dtype": dtype_of_copy(op, copy_dtype)}
     return RowUpdated(*dispatch.call(op, implementation, AVAILABLE, *arrays, **settled))
 
 
@@ -123,11 +123,27 @@ def check_average(op: str, name: str, ema_LD: jax.Array | None, settings: RowSet
         )
 
 
-def in_dtype(scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
-    """The scalars such that none of them widens the matrix."""
+def dtype_of_copy(op: str, copy_dtype: jnp.dtype | None) -> jnp.dtype | None:
+    """Checks the dtype of the low-precision copy, if there is to be one."""
+    return None if copy_dtype is None else checks.dtype(op, "copy_dtype", copy_dtype)
 
-    def narrow(scalar):
+
+def in_dtype(op: str, scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
+    """The scalars as arrays, such that none of them widens the matrix.
+
+    Raises:
+      ValueError: one has a shape.
+    """
+
+    def narrow(name, scalar):
+        scalar = scalar if hasattr(scalar, "dtype") else jnp.asarray(scalar)
+        if scalar.shape:
+            raise ValueError(
+                f"{op}: scalars.{name} has shape {list(scalar.shape)}, but must have [], one for "
+                f"all rows"
+            )
         wider = scalar.dtype == jnp.float64 and dtype != jnp.float64
         return scalar.astype(jnp.float32) if wider else scalar
 
-    return jax.tree.map(narrow, scalars)
+    given = {name: value for name, value in scalars._asdict().items() if value is not None}
+    return scalars._replace(**{name: narrow(name, value) for name, value in given.items()})

@@ -47,7 +47,7 @@ def weight_grads(
       e_BD: `[B, D]` what the decoder's rows collect.
       x_BD: `[B, D]` what the encoder's rows collect.
       n: latents.
-      totals: sums to add to; None is zeros.
+      totals: sums to add to, float32 or float64; None is zeros.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None.
 
     Raises:
@@ -94,5 +94,5 @@ def _check(op: str, tokens: int | None, e_BD, x_BD, n: int, totals: WeightGrads 
     checks.result(op, n, e_BD.shape[1])
     if totals is not None:
         for name in ("w_dec_LD", "w_enc_LD"):
-            checks.array(op, f"totals.{name}", getattr(totals, name), (n, e_BD.shape[1]))
-        checks.array(op, "totals.latent_bias_L", totals.latent_bias_L, (n,))
+            checks.array(op, f"totals.{name}", getattr(totals, name), (n, e_BD.shape[1]), "wide")
+        checks.array(op, "totals.latent_bias_L", totals.latent_bias_L, (n,), "wide")

@@ -11,6 +11,7 @@ from pallas_kernels.row_update.api import (
     RowSettings,
     RowUpdated,
     check_average,
+    dtype_of_copy,
     in_dtype,
 )
 
@@ -56,7 +57,7 @@ def weight_grads_update(
 
     Args:
       values_BK, d_values_BK, indices_BK, e_BD, x_BD: see `weight_grads`.
-      dec, enc: decoder and encoder.
+      dec, enc: decoder and encoder, both float32 or both float64.
       scalars, copy_dtype: see `row_update`.
       dec_settings, enc_settings: see `RowSettings`.
       implementation: "mosaic_gpu", "xla", "reference", or None.
@@ -70,18 +71,17 @@ def weight_grads_update(
     checks.array(op, "d_values_BK", d_values_BK, values_BK.shape)
     checks.array(op, "e_BD", e_BD, (values_BK.shape[0], None))
     checks.array(op, "x_BD", x_BD, e_BD.shape)
-    checks.array(op, "dec.w_LD", dec.w_LD, (None, e_BD.shape[1]))
+    checks.array(op, "dec.w_LD", dec.w_LD, (None, e_BD.shape[1]), "wide")
     for name, rows, settings in (("dec", dec, dec_settings), ("enc", enc, enc_settings)):
-        for field in ("w_LD", "mu_LD", "nu_LD"):
-            checks.array(op, f"{name}.{field}", getattr(rows, field), dec.w_LD.shape)
         check_average(op, f"{name}.ema_LD", rows.ema_LD, settings)
-        checks.optional(op, f"{name}.ema_LD", rows.ema_LD, dec.w_LD.shape)
-    scalars = in_dtype(scalars, dec.w_LD.dtype)
+        state = {f"{name}.{field}": array for field, array in rows._asdict().items()}
+        checks.state(op, state, dec.w_LD)
+    scalars = in_dtype(op, scalars, dec.w_LD.dtype)
     pairs = (values_BK, d_values_BK, indices_BK, e_BD, x_BD)
     settled = {
         "dec_settings": dec_settings,
         "enc_settings": enc_settings,
-        "copy_dtype": copy_dtype and jnp.dtype(copy_dtype),
+        "copy_dtype": dtype_of_copy(op, copy_dtype),
     }
     done = dispatch.call(op, implementation, AVAILABLE, *pairs, dec, enc, scalars, **settled)
     return Updated(RowUpdated(*done[0]), RowUpdated(*done[1]), done[2])

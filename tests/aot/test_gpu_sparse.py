@@ -8,7 +8,8 @@ from tests.kernels import gpu_calls
 
 gpu.require()
 
-_TRAINING = ("decode_loss", "weight_grads", "row_update", "weight_grads_update")
+_ADDED = ("weight_grads with totals", "weight_grads_of_pairs with totals")  # as a step calls them
+_TRAINING = ("decode_loss", "weight_grads", "row_update", "weight_grads_update", *_ADDED)
 _SHARDED = ("dense_sparse_matmul", "matmul_at_sparse_indices")
 _CASES = [(op, name) for op in _TRAINING for name in ("gpt2_32k", "wide_128k", "pod_shard")]
 _CASES += [(op, name) for op in _SHARDED for name in ("gpt2_32k", "pod_shard")]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from pallas_kernels.decode_loss.api import decode_loss
 from pallas_kernels.dense_sparse_matmul.vjp import dense_sparse_matmul
 from pallas_kernels.matmul_at_sparse_indices.vjp import matmul_at_sparse_indices
+from pallas_kernels.pair_list.pairs import Pairs
 from pallas_kernels.row_update.api import RowScalars, RowSettings, row_update
 from pallas_kernels.shapes import Shape
-from pallas_kernels.weight_grads.api import WeightGrads, weight_grads
+from pallas_kernels.weight_grads.api import WeightGrads, weight_grads, weight_grads_of_pairs
 from pallas_kernels.weight_grads_update.api import Rows, weight_grads_update
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -34,14 +35,20 @@ def calls(shape: Shape) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
     by_kernel = {"implementation": "mosaic_gpu"}
     update = {"copy_dtype": BF16, **by_kernel}
     pairs = (values, values, indices, a, a)
+    of_pair, number = S((shape.tokens * shape.k,), F32), S((shape.tokens * shape.k,), I32)
+    sorted_pairs = (Pairs(of_pair, number, number, S((), I32)), of_pair, a, a)
 
     def add_weight_grads(*args):
         return weight_grads(*args[:-1], shape.n, totals=args[-1], **by_kernel)
+
+    def add_weight_grads_of_pairs(*args):
+        return weight_grads_of_pairs(*args[:-1], shape.n, totals=args[-1], **by_kernel)
 
     return {
         "decode_loss": (functools.partial(decode_loss, **by_kernel), (values, indices, w, a)),
         "weight_grads": (functools.partial(weight_grads, n=shape.n, **by_kernel), pairs),
         "weight_grads with totals": (add_weight_grads, (*pairs, totals)),
+        "weight_grads_of_pairs with totals": (add_weight_grads_of_pairs, (*sorted_pairs, totals)),
         "row_update": (
             functools.partial(row_update, settings=_DECODER, **update),
             (master, master, master, master, master, scalars),

@@ -42,7 +42,7 @@ SHAPES = [(40, 6, 97), (150, 7, 3), (1, 3, 5)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [16, 4096])
 def test_programs_for_gpus_add_the_same(shape, block, monkeypatch):
-    monkeypatch.setattr(xla, "_MOST_PAIRS", block)
+    monkeypatch.setattr(xla, "_BLOCK_BYTES", block * 4 * 8)
     rng = np.random.default_rng(1)
     tokens, k, n = shape
     k = min(k, n)

@@ -98,3 +98,14 @@ def test_scalars_do_not_widen_a_matrix():
         scalars = pk.RowScalars(jnp.float64(0.1), jnp.int64(1), jnp.float64(1))
         done = pk.row_update(w, w, w, w, None, scalars, settings=settings_)
     assert {array.dtype for array in jax.tree.leaves(done)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scalars_may_be_numbers(implementation):
+    settings_ = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
+    w, how = jnp.ones((2, 3)), {"settings": settings_, "implementation": implementation}
+    arrays = pk.RowScalars(jnp.float32(0.1), jnp.int32(2), jnp.float32(0.5), jnp.asarray(True))
+    want = pk.row_update(w, w, w, w, None, arrays, **how)
+    for numbers in (pk.RowScalars(0.1, 2, 0.5, True), pk.RowScalars(np.float64(0.1), 2, 0.5, True)):
+        got = pk.row_update(w, w, w, w, None, numbers, **how)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
