@@ -1,10 +1,10 @@
 """`python -m saejax.store_bench`: the activation store against plain files and plain passes.
 
 Each figure is a ratio of two things done in turn in one process: durable writes (fsync on both
-sides), sequential and shuffled reads with cold caches, a harvest and the forward passes in it. Both
-sides of the disk's figures go portion by portion, a hundred megabytes or two at a time, because the
-speed of a disk shared with others scatters, from one second to the next, by more than any
-difference. Absolute rates depend on the machine; the ratios hardly do.
+sides), sequential and shuffled reads with cold caches, a harvest and the forward passes in it.
+Writes go in turn by two shards, because the speed of a shared disk scatters from one second to the
+next; reads by all there is, because a disk lends speed to who pauses, and training does not pause.
+Absolute rates depend on the machine; the ratios do less.
 """
 
 import argparse
@@ -82,7 +82,6 @@ def _read_figures(
     """Reads of all rows in the order of the files, and as training reads them; caches are cold."""
     spec, size = store.spec, plain.stat().st_size
     chunk = spec.contexts_per_shard * WIDTH * 2
-    portions = spec.n_shards
 
     def cold() -> None:
         _touch_memory(2 * size)
@@ -91,21 +90,15 @@ def _read_figures(
                 _forget(path)
 
     def in_order() -> Iterator[None]:
-        chunks = store.rows()
-        for _ in range(portions):
-            yield _drain(itertools.islice(chunks, spec.rows_per_context))
-
-    batches, shuffled = store.n_rows // BATCH, np.random.default_rng(0).permutation(size // chunk)
-    bounds = [batches * i // portions for i in range(portions + 1)]
+        yield _drain(store.rows())
 
     def batch_by_batch() -> Iterator[None]:
-        loader = Loader(store, BATCH)
-        for start, stop in itertools.pairwise(bounds):
-            yield _drain(loader.iterate(start, stop))
+        yield _drain(Loader(store, BATCH).iterate(0, store.n_rows // BATCH))
 
+    shuffled = np.random.default_rng(0).permutation(size // chunk)
     yield _figure(
         "sequential read, cold",
-        lambda: _read_plain(plain, range(0, size, _BLOCK), _BLOCK, portions),
+        lambda: _read_plain(plain, range(0, size, _BLOCK), _BLOCK),
         in_order,
         repetitions,
         size,
@@ -114,7 +107,7 @@ def _read_figures(
     )
     yield _figure(
         "shuffled read, cold",
-        lambda: _read_plain(plain, (shuffled * chunk).tolist(), chunk, portions),
+        lambda: _read_plain(plain, (shuffled * chunk).tolist(), chunk),
         batch_by_batch,
         repetitions,
         size,
@@ -152,17 +145,13 @@ def _figure(
 
 def _in_turn(plain: Iterator[None], ours: Iterator[None]) -> tuple[float, float]:
     """Seconds of both sides, which go on by a portion in turn; both have as many."""
-    seconds = [0.0, 0.0]
-    first, done = 0, object()
-    while True:
-        ended = []
-        for side in (first, 1 - first):
+    seconds, ended, done = [0.0, 0.0], [False, False], object()
+    while not all(ended):
+        for i, side in enumerate((plain, ours)):
             began = time.perf_counter()
-            ended.append(next((plain, ours)[side], done) is done)
-            seconds[side] += time.perf_counter() - began
-        if all(ended):
-            return seconds[0], seconds[1]
-        first = 1 - first
+            ended[i] = next(side, done) is done
+            seconds[i] += time.perf_counter() - began
+    return seconds[0], seconds[1]
 
 
 def _wait_share(store: Store, folder: pathlib.Path) -> dict:
@@ -275,16 +264,12 @@ def _pairs(data: Sequence[np.ndarray]) -> Iterator[range]:
         yield range(start, min(start + _WRITERS, len(data)))
 
 
-def _read_plain(
-    path: pathlib.Path, starts: Sequence[int], length: int, portions: int
-) -> Iterator[None]:
-    bounds = [len(starts) * i // portions for i in range(portions + 1)]
+def _read_plain(path: pathlib.Path, starts: Sequence[int], length: int) -> Iterator[None]:
     with path.open("rb", buffering=0) as file:
-        for first, last in itertools.pairwise(bounds):
-            for start in starts[first:last]:
-                file.seek(start)
-                file.readinto(np.empty(length, np.uint8))  # as who keeps the rows would
-            yield
+        for start in starts:
+            file.seek(start)
+            file.readinto(np.empty(length, np.uint8))  # as who keeps the rows would
+    yield
 
 
 def _drain(parts: Iterator[object]) -> None:
