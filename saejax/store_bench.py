@@ -58,7 +58,6 @@ def measure(folder: pathlib.Path, shards: int, contexts: int, repetitions: int) 
     def emptied() -> None:
         plain.unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-        _touch_memory(2 * size)
 
     _drain(_write_store(path, data))  # buffers and code are there from the first repetition on
     yield _figure(
@@ -69,6 +68,7 @@ def measure(folder: pathlib.Path, shards: int, contexts: int, repetitions: int) 
         size,
         0.6,
         before=emptied,
+        between=lambda: _touch_memory(size),
     )
     store = open_store(path)
     yield from _read_figures(folder, store, plain, repetitions)
@@ -103,7 +103,7 @@ def _read_figures(
         repetitions,
         size,
         1.0,
-        before=cold,
+        between=cold,
     )
     yield _figure(
         "shuffled read, cold",
@@ -112,7 +112,7 @@ def _read_figures(
         repetitions,
         size,
         1.0,
-        before=cold,
+        between=cold,
     )
 
 
@@ -123,13 +123,19 @@ def _figure(
     repetitions: int,
     n_bytes: int,
     target: float,
-    before: Callable[[], None],
+    *,
+    before: Callable[[], None] = lambda: None,
+    between: Callable[[], None],
 ) -> dict:
-    """Median rates in MB/s, and the median of the ratios of the repetitions."""
+    """Median rates in MB/s, and the median of the ratios of the repetitions.
+
+    `before` runs ahead of each repetition, `between` ahead of each portion of a side; neither is
+    timed.
+    """
     pairs = []
     for _ in range(repetitions):
         before()
-        pairs.append(_in_turn(plain(), ours()))
+        pairs.append(_in_turn(plain(), ours(), between))
     ratios = [theirs / own for theirs, own in pairs]
     rates = [statistics.median(n_bytes / t / 1e6 for t in side) for side in zip(*pairs)]
     return {
@@ -143,11 +149,14 @@ def _figure(
     }
 
 
-def _in_turn(plain: Iterator[None], ours: Iterator[None]) -> tuple[float, float]:
+def _in_turn(
+    plain: Iterator[None], ours: Iterator[None], between: Callable[[], None]
+) -> tuple[float, float]:
     """Seconds of both sides, which go on by a portion in turn; both have as many."""
     seconds, ended, done = [0.0, 0.0], [False, False], object()
     while not all(ended):
         for i, side in enumerate((plain, ours)):
+            between()
             began = time.perf_counter()
             ended[i] = next(side, done) is done
             seconds[i] += time.perf_counter() - began

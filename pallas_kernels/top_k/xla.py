@@ -20,7 +20,7 @@ from pallas_kernels import dispatch
 # Members of a group, and groups needed per kept latent; with fewer, the second stage costs more
 # than the first one saves (measured on CPU). A TPU selects from whole rows faster.
 _GROUP = 8
-_GROUPS_PER_KEPT = 16
+_GROUPS_PER_KEPT = 32
 # A CPU selects on one core, but in so many pieces, if they are worth it, on all.
 _PIECES, _LEAST_ROWS = 16, 128
 
