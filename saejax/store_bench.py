@@ -3,8 +3,9 @@
 Each figure is a ratio of two things done in turn in one process: durable writes (fsync on both
 sides), sequential and shuffled reads with cold caches, a harvest and the forward passes in it.
 Writes go in turn by two shards, because the speed of a shared disk scatters from one second to the
-next; reads by all there is, because a disk lends speed to who pauses, and training does not pause.
-Absolute rates depend on the machine; the ratios do less.
+next; reads by all there is. Before each turn memory and caches are made ready, or else the side
+that comes second pays for the pages that the first took. Absolute rates depend on the machine; the
+ratios do less.
 """
 
 import argparse

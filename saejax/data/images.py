@@ -17,7 +17,7 @@ import numpy as np
 from saejax.data import splits
 from saejax.data.corpus import walk
 from saejax.data.progress import Log, Progress
-from saejax.data.readers import extra
+from saejax.data.readers import extra, open_npy
 from saejax.data.splits import OVER_LIMIT, Split
 from saejax.data.token_arrays import IdsOnly
 from saejax.data.tokens import Contexts
@@ -310,12 +310,7 @@ def _image_files(source: str) -> list[tuple[pathlib.Path, str]]:
 
 def _open_array(path: pathlib.Path, tower: Tower) -> np.ndarray:
     """A memory-mapped array of pixels [N, C, H, W] or [C, H, W] as the tower takes them."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no sound .npy array: {error}; make it again") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one .npy array")
+    array = open_npy(path)
     if array.ndim not in (3, 4) or array.shape[-3:] != tower.pixels:
         raise ValueError(
             f"{path}: shape {array.shape}, but subject {tower.name!r} takes {tower.pixels}, or "

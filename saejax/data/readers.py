@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *LINES_SUFFIXES, ".parquet")
@@ -276,6 +278,21 @@ def _string_types() -> tuple[Any, ...]:
     import pyarrow
 
     return pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()
+
+
+def open_npy(path: pathlib.Path) -> np.ndarray:
+    """The memory-mapped array of a .npy file; nothing in it is unpickled.
+
+    Raises:
+      ValueError: damaged, an array of objects, or an archive of several.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is no sound .npy array: {error}; make it again") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not one .npy array")
+    return array
 
 
 def parquet_column(path: pathlib.Path, field: str, setting: str) -> Iterator[Any]:

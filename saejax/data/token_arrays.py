@@ -341,16 +341,14 @@ def _npy(path: pathlib.Path) -> _Array:
     if not path.is_file():
         raise FileNotFoundError(f"Tokens.offsets = {str(path)!r}: no such file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        if "object" in str(error).lower():
+        array = readers.open_npy(path)
+    except ValueError as error:
+        if "object" in str(error.__cause__).lower():
             raise ValueError(
                 f"{path} holds objects (rows of different lengths?), not integers: give equal "
                 "rows, or a flat array with Tokens.offsets"
             ) from error
-        raise ValueError(f"{path} is no sound .npy array: {error}; make it again") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one .npy array")
+        raise
     return _Array(array.shape, lambda start, stop: np.asarray(array[start:stop]))
 
 

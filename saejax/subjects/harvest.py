@@ -124,9 +124,8 @@ def _open_stores(
     check_quota(cfg, sum(spec.bytes_per_shard * spec.n_shards for spec in by_path.values()))
     _check_space(root, by_path, log)
     computation = computation_of(cfg, subject)
-    begun = (open_store(path) for path in by_path if _is_store(path))
-    check_computation(cfg, begun, computation, log)
     made = {path: open_store(path, spec, "w", computation) for path, spec in by_path.items()}
+    check_computation(cfg, made.values(), computation, log)
     return {
         split: {site: made[f"{cfg.folder(root, site)}/{split}"] for site in by_site}
         for split, by_site in specs.items()

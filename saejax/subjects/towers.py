@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from saejax.data.images import PROCESSORS, Images
+
+_LOG = logging.getLogger(__name__)
 
 # Width and height of the images that show what a processor makes of any: wide, and high.
 _SHOWN = ((301, 211), (197, 307))
@@ -199,7 +202,14 @@ def _processed_shape(folder: pathlib.Path, channels: int) -> Pixels | None:
         images = [Image.new("L" if channels == 1 else "RGB", size) for size in _SHOWN]
         made = [processor(images=i, return_tensors="np")["pixel_values"][0] for i in images]
         shapes = {tuple(np.shape(pixels)) for pixels in made}
-    except Exception:  # of any kind: it is told where image files are read, and arrays need none
+    except (ImportError, FileNotFoundError):  # told where image files are read; arrays need neither
+        return None
+    except Exception as error:  # of the processor's own code, which may raise anything
+        first = str(error).strip().partition("\n")[0]
+        _LOG.warning(
+            "%s: its image processor fails (%s: %s), so the size in config.json counts",
+            *(folder, type(error).__name__, first),
+        )
         return None
     shape = shapes.pop()
     return None if shapes or len(shape) != 3 else shape

@@ -43,9 +43,7 @@ def bound(op: str, shape: Shape) -> int:
     pairs = shape.tokens * shape.k
     return {
         # Pre-activations of a block that is redone, thrice while they are selected from: fixed.
-        # By libtpu 0.0.50 also values and indices as the blocks leave them: it copies both into the
-        # layout of the loop that redoes some (twice, with the gap that this leaves).
-        "topk_encode": 3 * 2**27 + 16 * pairs,
+        "topk_encode": 3 * 2**27,
         "decode_loss": 2 * shape.n * shape.d + 4 * pairs,
         "weight_grads": 4 * shape.tokens * shape.d + 64 * pairs,
         "weight_grads_of_pairs": 4 * shape.tokens * shape.d,

@@ -13,6 +13,7 @@ from saejax.data.foreign.interface import (
     files_in,
     part_of_tensors,
 )
+from saejax.data.readers import open_npy
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -33,11 +34,6 @@ def _part(file: pathlib.Path) -> Part:
 
 
 def _open(path: pathlib.Path) -> Mapping[str, np.ndarray]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no sound .npy array: {error}; make it again") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one .npy array")
+    array = open_npy(path)
     # numpy does not know bfloat16, and writes it as two bytes of no type.
     return {"": array.view(BFLOAT16) if array.dtype == np.dtype("V2") else array}
