@@ -18,7 +18,7 @@ import numpy as np
 from saejax.data import corpus, token_arrays
 from saejax.data.corpus import Documents, TextConfig
 from saejax.data.progress import Log, Progress
-from saejax.data.readers import HUB
+from saejax.data.readers import HUB, open_npy
 from saejax.data.splits import Split
 from saejax.data.token_arrays import IdsOnly, TokenDocuments, TokensConfig
 from saejax.data.tokens import (
@@ -228,7 +228,7 @@ class _FileSink:
             if _write_header(file, empty, self._rows) != begin:
                 raise AssertionError("numpy leaves room in a header for the first axis to grow")
             file.close()
-        return {name: _map(self._folder, name) for name in self._open}
+        return {name: open_npy(self._folder / f"{name}.npy") for name in self._open}
 
 
 def _write_header(file: Any, empty: np.ndarray, rows: int) -> int:
@@ -237,10 +237,6 @@ def _write_header(file: Any, empty: np.ndarray, rows: int) -> int:
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {**described, "shape": (rows, *empty.shape[1:])})
     return file.tell()
-
-
-def _map(folder: pathlib.Path, name: str) -> np.ndarray:
-    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
 def _write(contexts: Contexts, folder: pathlib.Path) -> None:
@@ -289,7 +285,7 @@ def _read(entry: pathlib.Path) -> Contexts:
     for name, wanted in meta["sha256"].items():
         if not (entry / name).is_file() or _sha256(entry / name) != wanted:
             raise damaged(f"{name} is missing or damaged")
-    arrays = {name: _map(entry, name) for name in meta["arrays"]}
+    arrays = {name: open_npy(entry / f"{name}.npy") for name in meta["arrays"]}
     names = json.loads((entry / _NAMES).read_text(encoding="utf-8"))
     return Contexts(**arrays, **meta["plain"], names=tuple(names))
 

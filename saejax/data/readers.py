@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -280,14 +281,21 @@ def _string_types() -> tuple[Any, ...]:
     return pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()
 
 
+# numpy parses a header as a Python literal, and Python 3.11 counts the depth of that for all
+# threads together: where garbage is collected meanwhile and another thread parses, a SystemError
+# follows (python/cpython#106905).
+_HEADERS = threading.Lock()
+
+
 def open_npy(path: pathlib.Path) -> np.ndarray:
-    """The memory-mapped array of a .npy file; nothing in it is unpickled.
+    """The memory-mapped array of a .npy file; nothing in it is unpickled. Threads may call it.
 
     Raises:
       ValueError: damaged, an array of objects, or an archive of several.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with _HEADERS:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no sound .npy array: {error}; make it again") from error
     if not isinstance(array, np.ndarray):

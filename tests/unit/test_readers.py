@@ -1,10 +1,14 @@
 """Files and streamed datasets of text: read lazily, and every fault named with its place."""
 
+import concurrent.futures
+import gc
 import gzip
 import json
 import re
 import sys
+import time
 
+import numpy as np
 import pytest
 
 from saejax.data import readers, splits
@@ -268,3 +272,24 @@ def test_a_limit_on_documents_samples_all_of_the_source(tmp_path):
     numbers = [int(d.name.split(":")[1]) for d in taken]
     assert len(numbers) == 5 and numbers == sorted(numbers) and max(numbers) > 8
     assert taken.left_out["documents_over_limit"] > 10
+
+
+def test_threads_open_arrays_at_once(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6.0).reshape(2, 3))
+
+    def yields(*_):
+        time.sleep(0)  # as callbacks of jax let another thread run while garbage is collected
+
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(yields)
+    try:
+        gc.set_threshold(5)
+        sys.setswitchinterval(1e-6)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            opened = list(pool.map(readers.open_npy, [path] * 1000))
+    finally:
+        gc.callbacks.remove(yields)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
+    assert all(array.shape == (2, 3) for array in opened)
