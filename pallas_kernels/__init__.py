@@ -30,6 +30,7 @@ from pallas_kernels.matmul_at_sparse_indices.vjp import matmul_at_sparse_indices
 from pallas_kernels.row_update.api import RowScalars, RowSettings, RowUpdated, row_update
 from pallas_kernels.sparse_transpose_matmul.api import sparse_transpose_matmul
 from pallas_kernels.top_k.api import top_k
+from pallas_kernels.top_k.xla import in_two_stages
 from pallas_kernels.top_k_mask.api import top_k_mask
 from pallas_kernels.topk_encode.api import Encoded
 from pallas_kernels.topk_encode.vjp import topk_encode
@@ -52,6 +53,7 @@ __all__ = [
     "dense_below",
     "dense_sparse_matmul",
     "explain",
+    "in_two_stages",
     "interpreting",
     "matmul_at_sparse_indices",
     "pair_list",

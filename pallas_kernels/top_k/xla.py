@@ -20,14 +20,14 @@ from pallas_kernels import dispatch
 # Members of a group, and groups needed per kept latent; with fewer, the second stage costs more
 # than the first one saves (measured on CPU). A TPU selects from whole rows faster.
 _GROUP = 8
-_GROUPS_PER_KEPT = 32
+_GROUPS_PER_KEPT = 16
 # A CPU selects on one core, but in so many pieces, if they are worth it, on all.
 _PIECES, _LEAST_ROWS = 16, 128
 
 
 def top_k(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.top_k.api.top_k`."""
-    if dispatch.current_target().platform == "cpu" and not _grouped(x_BL.shape[-1], k):
+    if dispatch.current_target().platform == "cpu" and not in_two_stages(x_BL.shape[-1], k):
         return _whole_rows(x_BL, k)
     return top_k_of_ordered(ordered(x_BL), k)
 
@@ -40,7 +40,7 @@ def ordered(x: jax.Array) -> jax.Array:
 def top_k_of_ordered(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`top_k` of what `ordered` returned: who makes x in a pass of his own can order it there."""
     n = x_BL.shape[-1]
-    if not _grouped(n, k):
+    if not in_two_stages(n, k):
         return _lax_top_k(x_BL, k)
     groups_BGM = x_BL.reshape(*x_BL.shape[:-1], n // _GROUP, _GROUP)
     maxima_BK, chosen_BK = _lax_top_k(_group_max(groups_BGM), k)
@@ -54,8 +54,15 @@ def top_k_of_ordered(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values_BK, group_BK * _GROUP + flat_BK % _GROUP
 
 
-def _grouped(n: int, k: int) -> bool:
-    on_tpu = dispatch.current_target().platform == "tpu"
+def in_two_stages(n: int, k: int, platform: str | None = None) -> bool:
+    """Whether rows of n are searched by groups; otherwise a CPU may hold a second, ordered x.
+
+    Args:
+      n: row length.
+      k: how many are kept.
+      platform: None is that of the target in force.
+    """
+    on_tpu = (platform or dispatch.current_target().platform) == "tpu"
     return not on_tpu and n % _GROUP == 0 and n // _GROUP >= _GROUPS_PER_KEPT * k
 
 

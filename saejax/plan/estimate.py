@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from saejax.model import sparse
 from saejax.plan import traffic
 from saejax.plan.hlo import Collective
 from saejax.plan.workload import Workload
@@ -30,17 +31,19 @@ class _Held(NamedTuple):
     Attributes:
       auxk: of a float32 array of the AuxK block, most of them gradients.
       pre_activations: of those of as many tokens as are selected from at once.
+      whole_rows: more of them, where selection does not go by groups.
       dense: of AuxK's, of as many tokens as it takes at once, where its code is dense.
       tokens: of a float32 array of the tokens of a microbatch.
     """
 
     auxk: int
     pre_activations: int
+    whole_rows: int
     dense: int
     tokens: int
 
 
-_HELD = {"tpu": _Held(4, 1, 4, 1), "gpu": _Held(2, 2, 0, 10), "cpu": _Held(2, 2, 3, 4)}
+_HELD = {"tpu": _Held(4, 1, 0, 4, 1), "gpu": _Held(2, 2, 0, 0, 10), "cpu": _Held(2, 1, 1, 4, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +72,31 @@ class Estimate:
         summed = work.shape.data > 1 and work.topology.chip.kind == "tpu"
         copies = held.auxk + summed
         parts["AuxK"] = copies * f32 * dead * work.width
-        selected = held.pre_activations * work.encoded_tokens(work.latents) * work.latents
-        if work.is_dense(dead, work.spec.loss.aux.k):
-            selected += held.dense * work.encoded_tokens(dead) * dead
-        parts["pre-activations of a block"] = f32 * selected
+        parts["pre-activations of a block"] = f32 * self._selected_from(held)
         parts["tokens of a microbatch"] = reconstructions * f32 * work.block * work.width
         if work.spec.loss.gather_codes:
             size = 2 * work.shape.data * narrow * work.block * work.width
             parts["codes of all data rows"] = size
         parts["own tokens and residuals"] = (f32 + narrow) * work.own_rows * work.width
         return {name: size for name, size in parts.items() if size}
+
+    def _selected_from(self, held: _Held) -> int:
+        """Pre-activations held at once, and a dense code's."""
+        work = self.work
+        loss = work.spec.loss
+        _, dead = work.auxk_blocks
+
+        def of_block(latents: int) -> int:
+            return work.encoded_tokens(latents) * latents
+
+        found = held.pre_activations * of_block(work.latents)
+        if work.is_dense(dead, loss.aux.k):
+            return found + held.dense * of_block(dead)
+        selections = [(work.latents, one.capacity) for one in (loss.main, loss.multi) if one]
+        selections += [(dead, loss.aux.capacity)] if dead else []
+        platform = work.topology.chip.kind
+        whole = [n for n, kept in selections if not sparse.in_two_stages(n, kept, platform)]
+        return found + held.whole_rows * max(map(of_block, whole), default=0)
 
     @property
     def peak(self) -> int:

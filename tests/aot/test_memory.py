@@ -59,11 +59,23 @@ def test_the_estimate_is_near_what_was_compiled(topology, shape, sizes, compiled
     assert estimate(topology, shape, **sizes).peak / 2**30 == pytest.approx(compiled, rel=0.1)
 
 
-def test_the_estimate_is_near_what_compiles_here():
-    small = {"latents": 2**14, "width": 128, "k": 16, "block": 1024, "batch": 4096}
-    found = estimate("cpu:8", (2, 4), **small)
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((2, 4), {"latents": 2**14, "width": 128, "k": 16, "block": 1024}),
+        # Rows are searched by groups, by AuxK not, by none.
+        ((1, 4), {"latents": 2**15, "width": 256, "k": 64, "block": 1024}),
+        ((1, 4), {"latents": 2**14, "width": 256, "k": 64, "block": 1024}),
+        ((1, 1), {"latents": 2**12, "width": 256, "k": 64, "block": 2048, "auxk": False}),
+        # AuxK's code is dense.
+        ((2, 1), {"latents": 2**13, "width": 64, "k": 16, "block": 2048}),
+    ],
+)
+def test_the_estimate_is_near_what_compiles_here(shape, sizes):
+    found = estimate("cpu:8", shape, **sizes, batch=4096)
     loss = dataclasses.replace(found.work.recipe.loss, k_aux=None)
     recipe = dataclasses.replace(found.work.recipe, loss=loss)
     found = Estimate(dataclasses.replace(found.work, recipe=recipe))
-    compiled = compile_step(recipe, jax.devices(), found.work.shape, [])
+    devices = jax.devices()[: found.work.shape.data * found.work.shape.latent]
+    compiled = compile_step(recipe, devices, found.work.shape, [])
     assert found.peak == pytest.approx(compiled.peak, rel=0.1)
