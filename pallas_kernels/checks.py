@@ -41,6 +41,15 @@ def array(op: str, name: str, value: Any, shape: tuple[int | None, ...], kind: s
     entries(op, f"{name} of shape {list(value.shape)}", math.prod(value.shape))
 
 
+def instance(op: str, name: str, value: Any, kind: type):
+    """Raises TypeError unless an argument of several fields is of its class, whose names it has."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{op}: {name} is a {type(value).__name__}, but must be a {kind.__name__} of "
+            "pallas_kernels"
+        )
+
+
 def entries(op: str, what: str, count: int):
     """Raises ValueError if so many entries cannot be addressed by 32-bit arithmetic."""
     if count >= _INDEX_LIMIT:
@@ -61,7 +70,16 @@ def code(op: str, values: Any, indices: Any, names: tuple[str, str]):
 
 
 def pairs(op: str, pairs: Any):
-    """Checks the arrays of a list of pairs: as long as each other, tokens and latents int32."""
+    """Checks the arrays of a list of pairs: as long as each other, tokens and latents int32.
+
+    Raises:
+      ValueError, TypeError: they are not, or it is no such list.
+    """
+    if not hasattr(pairs, "latents_P"):
+        raise TypeError(
+            f"{op}: pairs is a {type(pairs).__name__}, but must be a Pairs of "
+            "pallas_kernels.pair_list, which compact makes"
+        )
     array(op, "pairs.values_P", pairs.values_P, (None,))
     for name in ("tokens_P", "latents_P"):
         array(op, f"pairs.{name}", getattr(pairs, name), pairs.values_P.shape, "int32")

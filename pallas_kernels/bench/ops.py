@@ -129,18 +129,37 @@ def _tokens_within(limit: int, tokens: int, bytes_a_token: int) -> int:
     return next(t for t in range(min(tokens, most), 0, -1) if tokens % t == 0)
 
 
-def _top_k(shape: Shape, pool: Sequence[Inputs]) -> Case:
-    tokens = _tokens_within(_BLOCK_LIMIT, shape.tokens, 4 * shape.n)
+def _activations(pool: Sequence[Inputs], tokens: int) -> list[tuple[jax.Array]]:
+    """Pre-activations of the first tokens of each."""
 
     @jax.jit
-    def activations(x_BD, w_LD):
+    def of(x_BD, w_LD):
         return jnp.matmul(x_BD[:tokens], w_LD.T, preferred_element_type=jnp.float32)
 
+    return [(of(p.x_BD, p.w_LD),) for p in pool[:4]]
+
+
+def _top_k(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    tokens = _tokens_within(_BLOCK_LIMIT, shape.tokens, 4 * shape.n)
     return Case(
         call=lambda implementation, h_BL: pk.top_k(h_BL, shape.k, implementation=implementation),
         others={"lax.top_k": lambda h_BL: lax.top_k(h_BL, shape.k)},
-        arguments=[(activations(p.x_BD, p.w_LD),) for p in pool[:4]],
+        arguments=_activations(pool, tokens),
         moved=tokens * (4 * shape.n + 8 * shape.k),
+        tokens=tokens,
+    )
+
+
+def _top_k_mask(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    """Of as many as AuxK keeps, whose dense code it makes."""
+    tokens = _tokens_within(_BLOCK_LIMIT, shape.tokens, 4 * shape.n)
+    return Case(
+        call=lambda implementation, h_BL: pk.top_k_mask(
+            h_BL, shape.k_aux, implementation=implementation
+        ),
+        others={"lax.top_k": lambda h_BL: lax.top_k(h_BL, shape.k_aux)},
+        arguments=_activations(pool, tokens),
+        moved=tokens * 5 * shape.n,
         tokens=tokens,
     )
 
@@ -200,6 +219,93 @@ def _weight_grads(shape: Shape, pool: Sequence[Inputs]) -> Case:
 
 def _pairs(p: Inputs) -> tuple[jax.Array, ...]:
     return p.values_BK, p.d_values_BK, p.indices_BK, p.e_BD, p.x_BD
+
+
+def _sparse_transpose_matmul(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    item, pairs = pool[0].e_BD.dtype.itemsize, shape.tokens * shape.k
+    return Case(
+        call=lambda implementation, *arrays: pk.sparse_transpose_matmul(
+            *arrays, shape.n, implementation=implementation
+        ),
+        arguments=[(p.values_BK, p.indices_BK, p.e_BD) for p in pool],
+        moved=pairs * (item * shape.d + 8) + 4 * shape.n * shape.d,
+    )
+
+
+def _kept(p: Inputs) -> jax.Array:
+    """`[B, K]` bool: every other candidate; a shard of many keeps fewer than it offers."""
+    rows_B, slots_K = (jnp.arange(size, dtype=jnp.int32) for size in p.indices_BK.shape)
+    return (rows_B[:, None] + slots_K) % 2 == 0
+
+
+def _lists(shape: Shape, pool: Sequence[Inputs]) -> list[pk.pair_list.Pairs]:
+    of = jax.jit(lambda p: pk.pair_list.compact(_kept(p), p.values_BK, p.indices_BK, shape.n))
+    return [of(p) for p in pool]
+
+
+def _pair_list_compact(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    return Case(
+        call=lambda implementation, *arrays: pk.pair_list.compact(
+            *arrays, shape.n, implementation=implementation
+        ),
+        arguments=[(_kept(p), p.values_BK, p.indices_BK) for p in pool],
+        moved=shape.tokens * shape.k * (9 + 12),
+    )
+
+
+def _pair_list_decode(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    item, pairs = pool[0].w_LD.dtype.itemsize, shape.tokens * shape.k // 2
+    return Case(
+        call=lambda implementation, listed, w_LD: pk.pair_list.decode(
+            listed, w_LD, shape.tokens, implementation=implementation
+        ),
+        arguments=[(listed, p.w_LD) for listed, p in zip(_lists(shape, pool), pool, strict=True)],
+        moved=pairs * (item * shape.d + 12) + 4 * shape.tokens * shape.d,
+    )
+
+
+def _pair_list_dot(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    item, pairs = pool[0].w_LD.dtype.itemsize, shape.tokens * shape.k // 2
+    return Case(
+        call=lambda implementation, *arrays: pk.pair_list.dot(
+            *arrays, implementation=implementation
+        ),
+        arguments=[
+            (listed, p.e_BD, p.w_LD) for listed, p in zip(_lists(shape, pool), pool, strict=True)
+        ],
+        moved=pairs * (item * shape.d + 12) + item * shape.tokens * shape.d,
+    )
+
+
+def _pair_list_add_outer(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    item, pairs = pool[0].e_BD.dtype.itemsize, shape.tokens * shape.k // 2
+    some = pool[:4]
+    return Case(
+        call=lambda implementation, *arrays: pk.pair_list.add_outer(
+            *arrays, implementation=implementation
+        ),
+        arguments=[
+            (jnp.zeros((shape.n, shape.d)), listed, p.e_BD)
+            for listed, p in zip(_lists(shape, some), some, strict=True)
+        ],
+        moved=pairs * (item * shape.d + 12) + 2 * 4 * shape.n * shape.d,
+        donate=(0,),
+        carry=lambda old, new: (new, *old[1:]),
+    )
+
+
+def _weight_grads_of_pairs(shape: Shape, pool: Sequence[Inputs]) -> Case:
+    item, pairs = pool[0].x_BD.dtype.itemsize, shape.tokens * shape.k // 2
+    return Case(
+        call=lambda implementation, *arrays: pk.weight_grads_of_pairs(
+            *arrays, shape.n, implementation=implementation
+        ),
+        arguments=[
+            (listed, -listed.values_P, p.e_BD, p.x_BD)
+            for listed, p in zip(_lists(shape, pool), pool, strict=True)
+        ],
+        moved=pairs * (2 * item * shape.d + 16) + 2 * 4 * shape.n * shape.d,
+    )
 
 
 def _rows(p: Inputs, seed: int) -> pk.Rows:
@@ -267,11 +373,18 @@ def _weight_grads_update(shape: Shape, pool: Sequence[Inputs]) -> Case:
 
 CASES: dict[str, Callable[[Shape, Sequence[Inputs]], Case]] = {
     "top_k": _top_k,
+    "top_k_mask": _top_k_mask,
     "topk_encode": _topk_encode,
     "dense_sparse_matmul": _dense_sparse_matmul,
     "matmul_at_sparse_indices": _matmul_at_sparse_indices,
+    "sparse_transpose_matmul": _sparse_transpose_matmul,
     "decode_loss": _decode_loss,
     "weight_grads": _weight_grads,
     "row_update": _row_update,
     "weight_grads_update": _weight_grads_update,
+    "pair_list.compact": _pair_list_compact,
+    "pair_list.decode": _pair_list_decode,
+    "pair_list.dot": _pair_list_dot,
+    "pair_list.add_outer": _pair_list_add_outer,
+    "weight_grads_of_pairs": _weight_grads_of_pairs,
 }

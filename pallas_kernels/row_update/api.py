@@ -104,6 +104,7 @@ def row_update(
       NotImplementedError: the named implementation cannot run here.
     """
     op = "row_update"
+    checks.instance(op, "settings", settings, RowSettings)
     checks.array(op, "w_LD", w_LD, (None, None), "wide")
     checks.array(op, "g_LD", g_LD, w_LD.shape)
     check_average(op, "ema_LD", ema_LD, settings)
@@ -133,7 +134,9 @@ def in_dtype(op: str, scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
 
     Raises:
       ValueError: one has a shape.
+      TypeError: they are no `RowScalars`.
     """
+    checks.instance(op, "scalars", scalars, RowScalars)
 
     def narrow(name, scalar):
         scalar = scalar if hasattr(scalar, "dtype") else jnp.asarray(scalar)

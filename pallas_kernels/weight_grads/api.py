@@ -93,6 +93,7 @@ def _check(op: str, tokens: int | None, e_BD, x_BD, n: int, totals: WeightGrads 
     checks.array(op, "x_BD", x_BD, e_BD.shape)
     checks.result(op, n, e_BD.shape[1])
     if totals is not None:
+        checks.instance(op, "totals", totals, WeightGrads)
         for name in ("w_dec_LD", "w_enc_LD"):
             checks.array(op, f"totals.{name}", getattr(totals, name), (n, e_BD.shape[1]), "wide")
         checks.array(op, "totals.latent_bias_L", totals.latent_bias_L, (n,), "wide")

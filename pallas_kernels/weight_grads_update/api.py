@@ -71,6 +71,10 @@ def weight_grads_update(
     checks.array(op, "d_values_BK", d_values_BK, values_BK.shape)
     checks.array(op, "e_BD", e_BD, (values_BK.shape[0], None))
     checks.array(op, "x_BD", x_BD, e_BD.shape)
+    for name, rows in {"dec": dec, "enc": enc}.items():
+        checks.instance(op, name, rows, Rows)
+    for name, settings in {"dec_settings": dec_settings, "enc_settings": enc_settings}.items():
+        checks.instance(op, name, settings, RowSettings)
     checks.array(op, "dec.w_LD", dec.w_LD, (None, e_BD.shape[1]), "wide")
     for name, rows, settings in (("dec", dec, dec_settings), ("enc", enc, enc_settings)):
         check_average(op, f"{name}.ema_LD", rows.ema_LD, settings)

@@ -28,14 +28,22 @@ def row_update(w=None, mu=None, ema=None, copy_dtype=None, **scalars):
     )
 
 
-def weight_grads_update(enc="float32", copy_dtype=None, **changed):
+def row_update_with(**changed):
+    settings = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
+    given = {"scalars": pk.RowScalars(0.1, 1, 1.0), "settings": settings} | changed
+    return pk.row_update(*[spec(8, 4)] * 4, None, **given)
+
+
+def weight_grads_update(enc="float32", dec=None, enc_settings=None, copy_dtype=None, **changed):
     code = (spec(2, 3), spec(2, 3), spec(2, 3, dtype="int32"), spec(2, 4), spec(2, 4))
-    dec, enc = (pk.Rows(*[spec(8, 4, dtype=d)] * 3, None) for d in ("float32", enc))
+    plain, enc = (pk.Rows(*[spec(8, 4, dtype=d)] * 3, None) for d in ("float32", enc))
     settings = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
     return pk.weight_grads_update(
-        *(*code, dec._replace(**changed), enc, pk.RowScalars(0.1, 1, 1.0)),
-        dec_settings=settings, enc_settings=settings, copy_dtype=copy_dtype,
-    )  # fmt: skip
+        *(*code, dec or plain._replace(**changed), enc, pk.RowScalars(0.1, 1, 1.0)),
+        dec_settings=settings,
+        enc_settings=settings if enc_settings is None else enc_settings,
+        copy_dtype=copy_dtype,
+    )
 
 
 def pairs(length, **changed):
@@ -44,6 +52,30 @@ def pairs(length, **changed):
 
 
 BAD = {
+    "totals are a tuple": (
+        lambda: weight_grads_to((spec(8, 4), spec(8, 4), spec(8))),
+        r"weight_grads: totals is a tuple, but must be a WeightGrads of pallas_kernels",
+    ),
+    "pairs are a tuple": (
+        lambda: pk.pair_list.decode(tuple(pairs(3)), spec(8, 4), 2),
+        r"pair_list.decode: pairs is a tuple, but must be a Pairs of",
+    ),
+    "scalars are a float": (
+        lambda: row_update_with(scalars=0.1),
+        r"row_update: scalars is a float, but must be a RowScalars",
+    ),
+    "settings are a dict": (
+        lambda: row_update_with(settings={"beta1": 0.9}),
+        r"row_update: settings is a dict, but must be a RowSettings",
+    ),
+    "rows are a tuple": (
+        lambda: weight_grads_update(dec=(spec(8, 4),) * 3),
+        r"weight_grads_update: dec is a tuple, but must be a Rows",
+    ),
+    "settings of rows are a dict": (
+        lambda: weight_grads_update(enc_settings={}),
+        r"weight_grads_update: enc_settings is a dict, but must be a RowSettings",
+    ),
     "k > n": (
         lambda: pk.topk_encode(spec(2, 4), spec(8, 4), spec(8), 9),
         r"topk_encode: k = 9 must be a whole number in \[1, 8\]",

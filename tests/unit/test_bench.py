@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as pk
 from pallas_kernels.bench import __main__ as command
 from pallas_kernels.bench import dense, inputs, ops, race, report, settings, steps, timing, trainers
 from pallas_kernels.shapes import NAMED, Shape
@@ -92,6 +93,14 @@ def test_inputs_fill_more_than_the_caches():
 
 
 # --- Operations and steps -------------------------------------------------------------------------
+
+
+def test_every_public_operation_has_a_case():
+    helpers = "block_tokens code_layout dense_below explain in_two_stages interpreting preferring"
+    public = {name for name in pk.__all__ if name.islower()}
+    public -= {*helpers.split(), "target", "pair_list"}
+    public |= {f"pair_list.{name}" for name in pk.pair_list.__all__ if name.islower()}
+    assert set(ops.CASES) == public
 
 
 @pytest.mark.parametrize("op", ops.CASES)
