@@ -122,13 +122,15 @@ def optional(op: str, name: str, value: Any, shape: tuple[int | None, ...]):
 
 
 def state(op: str, arrays: dict[str, Any], like: Any):
-    """Checks what an optimizer keeps, by name: as large as `like` and of its dtype, or None.
+    """Checks what an optimizer keeps, by name: as large as `like` and of its dtype.
+
+    Only an average, whose name ends in "ema_LD", may be None.
 
     Raises:
       ValueError, TypeError: see `array`; a dtype is neither float32 nor float64, or not `like`'s.
     """
     for name, value in arrays.items():
-        if value is None:
+        if value is None and name.endswith("ema_LD"):
             continue
         array(op, name, value, like.shape, "wide")
         if value.dtype != like.dtype:

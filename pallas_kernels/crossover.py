@@ -21,10 +21,14 @@ def dense_below(platform: str | None = None, device_kind: str = "") -> int:
     Args:
       platform: "cpu", "gpu" or "tpu"; None is the target in force, its kind included.
       device_kind: as JAX names the device, or a part of that, such as "v5p"; "" if unknown.
+
+    Raises:
+      ValueError: there is no such platform.
     """
     if platform is None:
         here = dispatch.current_target()
         platform, device_kind = here.platform, here.device_kind
+    platform = dispatch.platform_of("dense_below", platform)
     for part, ratio in _OF_KIND.get(platform, {}).items():
         if part in device_kind:
             return ratio

@@ -63,6 +63,19 @@ def current_target() -> Target:
     return Target(default.platform, default.device_kind)
 
 
+def platform_of(op: str, name: str | None) -> str:
+    """ "cpu", "gpu" or "tpu", by any of their names; None is that of the target in force.
+
+    Raises:
+      ValueError: there is no such platform.
+    """
+    if name is None:
+        return current_target().platform
+    if name not in _PLATFORMS:
+        raise ValueError(f"{op}: platform = {name!r} must be one of {list(_PLATFORMS)}")
+    return _PLATFORMS[name]
+
+
 @contextlib.contextmanager
 def target(platform: str, device_kind: str = "") -> Iterator[None]:
     """What is traced inside is meant for another device: a mesh's, or one that is not here.
@@ -76,9 +89,7 @@ def target(platform: str, device_kind: str = "") -> Iterator[None]:
     Raises:
       ValueError: there is no such platform.
     """
-    if platform not in _PLATFORMS:
-        raise ValueError(f"target: platform = {platform!r} must be one of {list(_PLATFORMS)}")
-    token = _TARGET.set(Target(_PLATFORMS[platform], device_kind))
+    token = _TARGET.set(Target(platform_of("target", platform), device_kind))
     try:
         yield
     finally:

@@ -115,8 +115,12 @@ def _check(given: argparse.Namespace) -> Settings:
         raise ValueError(f"--race_tokens={given.race_tokens}: must be at least 0 (0: no race)")
     named = [_known("--against", name, ("torch", *PEERS)) for name in _split(given.against or "")]
     against = PEERS if "torch" in named else tuple(named)
+    if given.json is not None and given.json.is_dir():
+        raise ValueError(f"--json={given.json}: is a folder; name a file")
     if given.json is not None and not given.json.parent.is_dir():
         raise ValueError(f"--json={given.json}: the folder {given.json.parent} does not exist")
+    if not against and not _split(given.ops):
+        raise ValueError(f"--ops={given.ops!r}: names none; there are {', '.join(OPS)}")
     shapes = {text: _shape(text) for text in _split(given.shapes)}
     for text, shape in shapes.items():
         size = given.microbatch_size
@@ -180,4 +184,9 @@ def _shape(text: str) -> Shape:
     d, n, k, tokens = map(int, sizes.groups())
     if min(d, n, k, tokens) < 1 or k > n:
         raise ValueError(f"--shapes: {text!r} is d x n x k x tokens, each at least 1, and k <= n")
+    if max(n * d, tokens * d, tokens * k) >= 2**31:
+        raise ValueError(
+            f"--shapes: {text!r} has n * d, tokens * d or tokens * k of 2**31 or more, which no "
+            "operation takes on one device"
+        )
     return Shape(d=d, n=n, k=k, tokens=tokens, k_aux=min(max(d // 2, 1), n))

@@ -134,11 +134,13 @@ def in_dtype(op: str, scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
 
     Raises:
       ValueError: one has a shape.
-      TypeError: they are no `RowScalars`.
+      TypeError: they are no `RowScalars`, or one is no number.
     """
     checks.instance(op, "scalars", scalars, RowScalars)
 
     def narrow(name, scalar):
+        if scalar is None or isinstance(scalar, str):
+            raise TypeError(f"{op}: scalars.{name} = {scalar!r} must be a number, or array of one")
         scalar = scalar if hasattr(scalar, "dtype") else jnp.asarray(scalar)
         if scalar.shape:
             raise ValueError(
@@ -148,5 +150,7 @@ def in_dtype(op: str, scalars: RowScalars, dtype: jnp.dtype) -> RowScalars:
         wider = scalar.dtype == jnp.float64 and dtype != jnp.float64
         return scalar.astype(jnp.float32) if wider else scalar
 
-    given = {name: value for name, value in scalars._asdict().items() if value is not None}
+    given = scalars._asdict()
+    if scalars.accept is None:
+        del given["accept"]
     return scalars._replace(**{name: narrow(name, value) for name, value in given.items()})

@@ -20,7 +20,8 @@ def top_k(
 
     Returns:
       values `[..., k]` in the dtype of x, descending, and indices `[..., k]` int32. Equal values
-      are ordered by ascending index. NaN counts as larger than every number, so it surfaces.
+      are ordered by ascending index. NaN counts as larger than every number, so it surfaces. On
+      a CPU, whose arithmetic flushes them, numbers too small to be normal count as 0.
 
     Raises:
       ValueError, TypeError: the shape, the size or the dtype of x, or k.

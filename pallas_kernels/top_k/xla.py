@@ -8,7 +8,8 @@ at k * group candidates instead of the whole row.
 
 `lax.top_k` takes NaN of one sign for the smallest number, and 0 for larger than -0. Elsewhere one
 pass makes them one NaN and one zero; where that pass would cost as much as the selection, a
-cheaper one finds out whether it is needed.
+cheaper one finds out whether it is needed. Numbers too small to be normal count as 0: CPUs and TPUs
+compare them so.
 """
 
 import jax
@@ -32,9 +33,16 @@ def top_k(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return top_k_of_ordered(ordered(x_BL), k)
 
 
+@jax.custom_jvp
 def ordered(x: jax.Array) -> jax.Array:
     """`x` with one NaN and one zero, as arithmetic makes two of each."""
     return jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0.0, x)).astype(x.dtype)
+
+
+@ordered.defjvp
+def _ordered_jvp(primals, tangents):
+    # The identity: which zero or NaN it is changes nothing.
+    return ordered(*primals), tangents[0]
 
 
 def top_k_of_ordered(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +58,9 @@ def top_k_of_ordered(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     group_BK = jnp.take_along_axis(chosen_BK, flat_BK // _GROUP, axis=-1)
     # Changes nothing, since k groups hold an element each that is no smaller. But were the maxima
     # not used, all pieces of the first selection would get one buffer for them, hence one core.
-    values_BK = jnp.maximum(values_BK, maxima_BK[..., -1:])
+    # No maximum: where both are equal, its gradient would go to all of the group.
+    least_B1 = maxima_BK[..., -1:]
+    values_BK = jnp.where(values_BK < least_B1, least_B1, values_BK)
     return values_BK, group_BK * _GROUP + flat_BK % _GROUP
 
 
@@ -62,7 +72,7 @@ def in_two_stages(n: int, k: int, platform: str | None = None) -> bool:
       k: how many are kept.
       platform: None is that of the target in force.
     """
-    on_tpu = (platform or dispatch.current_target().platform) == "tpu"
+    on_tpu = dispatch.platform_of("in_two_stages", platform) == "tpu"
     return not on_tpu and n % _GROUP == 0 and n // _GROUP >= _GROUPS_PER_KEPT * k
 
 
@@ -71,16 +81,25 @@ def _whole_rows(x_BL: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     # A sum is NaN where an element is; zeros matter where one may be kept, or just not.
     sum_B = x_BL.sum(-1, dtype=jnp.promote_types(x_BL.dtype, jnp.float32))
     zeros_matter = (values_BK[..., -1] <= 0).any()
-    negative_zero = lax.cond(
+    other_zero = lax.cond(
         zeros_matter,
-        lambda: ((x_BL == 0) & jnp.signbit(x_BL)).any(),
+        lambda: _is_other_zero(x_BL).any(),
         lambda: jnp.zeros((), bool),
     )
     return lax.cond(
-        jnp.isnan(sum_B).any() | negative_zero,
+        jnp.isnan(sum_B).any() | other_zero,
         lambda: _lax_top_k(ordered(x_BL), k),
         lambda: (values_BK, indices_BK),
     )
+
+
+def _is_other_zero(x: jax.Array) -> jax.Array:
+    """Whether it is -0, or so small that a CPU compares it as zero; told by its bits alone."""
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(x, unsigned)
+    magnitude = bits & (jnp.iinfo(unsigned).max >> 1)
+    least_normal = lax.bitcast_convert_type(jnp.finfo(x.dtype).tiny, unsigned)
+    return (bits != 0) & (magnitude < least_normal)
 
 
 def _behind_barriers(arrays):

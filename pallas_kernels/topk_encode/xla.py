@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch
+from pallas_kernels import checks, dispatch
 from pallas_kernels.top_k import xla
 
 # Pre-activations of a block: large enough that the matmul reads the weights few times, small
@@ -20,8 +20,12 @@ def block_tokens(n_latents: int, itemsize: int = 4, platform: str | None = None)
       n_latents: of a device.
       itemsize: bytes of a pre-activation.
       platform: None is that of the target in force.
+
+    Raises:
+      ValueError: an argument.
     """
-    platform = platform or dispatch.current_target().platform
+    checks.whole("block_tokens", "n_latents", n_latents)
+    platform = dispatch.platform_of("block_tokens", platform)
     limit = _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ELSEWHERE)
     return max(limit // (itemsize * n_latents) // 8 * 8, 8)
 

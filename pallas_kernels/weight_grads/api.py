@@ -47,7 +47,7 @@ def weight_grads(
       e_BD: `[B, D]` what the decoder's rows collect.
       x_BD: `[B, D]` what the encoder's rows collect.
       n: latents.
-      totals: sums to add to, float32 or float64; None is zeros.
+      totals: sums to add to, float32 or float64, which the result is too; None is zeros.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla", "reference", or None.
 
     Raises:

@@ -30,4 +30,6 @@ def _of_positions(values, d_values, tokens, latents, e_BD, x_BD, n: int, totals)
             d_code_BL.T @ x_BD.astype(dtype),
             d_code_BL.sum(0),
         )
-    return sums if totals is None else tuple(a + b for a, b in zip(totals, sums, strict=True))
+    if totals is None:
+        return sums
+    return tuple((a + b).astype(a.dtype) for a, b in zip(totals, sums, strict=True))

@@ -69,6 +69,7 @@ def _add_sorted(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD):
 
         def added(total_LD, coefficients_P, rows_BD):
             scaled = coefficients_P[pairs][:, None].astype(total_LD.dtype) * rows_BD[tokens]
+            scaled = scaled.astype(total_LD.dtype)
             return total_LD.at[latents].add(scaled, mode="drop", indices_are_sorted=True)
 
         w_dec_LD, w_enc_LD = matrices
@@ -94,7 +95,8 @@ def _add_columns(totals, values_BK, d_values_BK, indices_BK, e_BD, x_BD):
 
         def added(total_LD, coefficients_BK, rows_BD):
             one_B1 = lax.dynamic_slice_in_dim(coefficients_BK, j, 1, axis=1)
-            return total_LD.at[index_B].add(one_B1.astype(total_LD.dtype) * rows_BD)
+            scaled = one_B1.astype(total_LD.dtype) * rows_BD
+            return total_LD.at[index_B].add(scaled.astype(total_LD.dtype))
 
         w_dec_LD, w_enc_LD = matrices
         return added(w_dec_LD, values_BK, e_BD), added(w_enc_LD, d_values_BK, x_BD)

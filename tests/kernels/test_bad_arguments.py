@@ -28,22 +28,22 @@ def row_update(w=None, mu=None, ema=None, copy_dtype=None, **scalars):
     )
 
 
-def row_update_with(**changed):
+def row_update_with(mu=spec(8, 4), **changed):
     settings = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
     given = {"scalars": pk.RowScalars(0.1, 1, 1.0), "settings": settings} | changed
-    return pk.row_update(*[spec(8, 4)] * 4, None, **given)
+    return pk.row_update(spec(8, 4), spec(8, 4), mu, spec(8, 4), None, **given)
 
 
-def weight_grads_update(enc="float32", dec=None, enc_settings=None, copy_dtype=None, **changed):
+def rows(dtype="float32", **changed):
+    return pk.Rows(*[spec(8, 4, dtype=dtype)] * 3, None)._replace(**changed)
+
+
+def weight_grads_update(**changed):
     code = (spec(2, 3), spec(2, 3), spec(2, 3, dtype="int32"), spec(2, 4), spec(2, 4))
-    plain, enc = (pk.Rows(*[spec(8, 4, dtype=d)] * 3, None) for d in ("float32", enc))
     settings = pk.RowSettings(beta1=0.9, beta2=0.99, epsilon=1e-8)
-    return pk.weight_grads_update(
-        *(*code, dec or plain._replace(**changed), enc, pk.RowScalars(0.1, 1, 1.0)),
-        dec_settings=settings,
-        enc_settings=settings if enc_settings is None else enc_settings,
-        copy_dtype=copy_dtype,
-    )
+    given = {"dec": rows(), "enc": rows(), "scalars": pk.RowScalars(0.1, 1, 1.0)}
+    given |= {"dec_settings": settings, "enc_settings": settings}
+    return pk.weight_grads_update(*code, **given | changed)
 
 
 def pairs(length, **changed):
@@ -67,6 +67,38 @@ BAD = {
     "settings are a dict": (
         lambda: row_update_with(settings={"beta1": 0.9}),
         r"row_update: settings is a dict, but must be a RowSettings",
+    ),
+    "a moment is None": (
+        lambda: row_update_with(mu=None),
+        r"row_update: mu_LD is a NoneType, but must be an array",
+    ),
+    "weights of the encoder are None": (
+        lambda: weight_grads_update(enc=rows(w_LD=None)),
+        r"weight_grads_update: enc.w_LD is a NoneType, but must be an array",
+    ),
+    "no step": (
+        lambda: row_update_with(scalars=pk.RowScalars(0.1, None, 1.0)),
+        r"row_update: scalars.step = None must be a number",
+    ),
+    "a rate of text": (
+        lambda: row_update_with(scalars=pk.RowScalars("a", 1, 1.0)),
+        r"row_update: scalars.learning_rate = 'a' must be a number",
+    ),
+    "platform of block_tokens": (
+        lambda: pk.block_tokens(8, platform="abc"),
+        r"block_tokens: platform = 'abc' must be one of \['cpu'",
+    ),
+    "latents of block_tokens": (
+        lambda: pk.block_tokens(0),
+        r"block_tokens: n_latents = 0 must be a whole number of at least 1",
+    ),
+    "platform of dense_below": (
+        lambda: pk.dense_below("abc"),
+        r"dense_below: platform = 'abc' must be one of",
+    ),
+    "platform of in_two_stages": (
+        lambda: pk.in_two_stages(8, 1, "abc"),
+        r"in_two_stages: platform = 'abc' must be one of",
     ),
     "rows are a tuple": (
         lambda: weight_grads_update(dec=(spec(8, 4),) * 3),
@@ -181,11 +213,11 @@ BAD = {
         r"row_update: ema_LD has dtype bfloat16, but must be one of float32, float64",
     ),
     "dtype of one moment": (
-        lambda: weight_grads_update(nu_LD=spec(8, 4, dtype="bfloat16")),
+        lambda: weight_grads_update(dec=rows(nu_LD=spec(8, 4, dtype="bfloat16"))),
         r"weight_grads_update: dec.nu_LD has dtype bfloat16, but must be one of float32, float64",
     ),
     "dtypes of both matrices": (
-        lambda: weight_grads_update(enc="float64"),
+        lambda: weight_grads_update(enc=rows("float64")),
         r"weight_grads_update: enc.w_LD has dtype float64, but .* and the first is float32",
     ),
     "dtype of the copy": (

@@ -220,3 +220,20 @@ def test_reruns_are_bit_identical():
     first, second = (call(np.float32(values), np.float32(values), indices, e, x) for _ in "ab")
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [16, 1000])  # pairs are sorted, and are not
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_sums_keep_the_dtype_of_totals(implementation, n):
+    with jax.enable_x64(True):
+        values, indices, rng = code(64, 4, n, 0)
+        e, x = rng.normal(size=(2, 64, 8))
+        totals = pk.WeightGrads(*(jnp.ones(s, jnp.float32) for s in ((n, 8), (n, 8), n)))
+        options = {"totals": totals, "implementation": implementation}
+        got = pk.weight_grads(values, values, indices, e, x, n, **options)
+        pairs = pk.pair_list.compact(np.ones(indices.shape, bool), values, indices, n)
+        of_pairs = pk.weight_grads_of_pairs(pairs, pairs.values_P, e, x, n, **options)
+    for one, other in zip(got, of_pairs, strict=True):
+        assert one.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels import top_k
+from pallas_kernels import top_k, top_k_mask
 from pallas_kernels.top_k import xla
 
 IMPLEMENTATIONS = ["xla", "reference"]
@@ -37,6 +37,7 @@ def rows(kind, n, dtype, n_rows=9, seed=0):
         "tied, few high": lambda: rng.choice(4, p=[0.93, 0.04, 0.02, 0.01], size=(n_rows, n)),
         "all negative": lambda: -1 - rng.random((n_rows, n)),
         "all equal": lambda: np.full((n_rows, n), 0.5),
+        "zeros": lambda: rng.choice([-0.0, 0.0], size=(n_rows, n)),
         "infinite": lambda: rng.choice([-np.inf, 0.0, np.inf], size=(n_rows, n)),
         "some nan": lambda: np.where(rng.random((n_rows, n)) < 0.1, np.nan, rng.normal(size=n)),
     }[kind]()
@@ -132,6 +133,29 @@ def test_signed_zeros_tie(n, k):
     for implementation in IMPLEMENTATIONS:
         _, indices = top_k(jnp.asarray(x), k, implementation=implementation)
         np.testing.assert_array_equal(indices, [[0, 1, 2, 3]], err_msg=implementation)
+
+
+@pytest.mark.parametrize("dtype, least", [("float32", 1e-40), ("bfloat16", 1e-40)])
+@pytest.mark.parametrize("n", [128, 120])
+def test_what_is_too_small_to_be_normal_is_zero_in_any_company(n, dtype, least):
+    row = jnp.asarray([[0.0, least] + [-1.0] * (n - 2)], dtype)
+    for others in (row, jnp.full_like(row, jnp.nan), jnp.ones_like(row)):
+        for implementation in IMPLEMENTATIONS:
+            x = jnp.concatenate([row, others])
+            _, indices = top_k(x, 1, implementation=implementation)
+            assert indices[0, 0] == 0, (implementation, others[0, 0])
+        assert top_k_mask(x, 1)[0, 0]
+
+
+@pytest.mark.parametrize("n, k", [(512, 4), (512, 17), (100, 4)])
+@pytest.mark.parametrize("kind", [*KINDS, "zeros"])
+def test_gradients_go_to_what_is_kept(n, k, kind):
+    x = rows(kind, n, np.float32)
+    weights = np.random.default_rng(1).normal(size=(len(x), k)).astype(np.float32)
+    got = jax.grad(lambda x: (top_k(x, k)[0] * weights).sum())(jnp.asarray(x))
+    want = np.zeros_like(x)
+    np.put_along_axis(want, by_numpy(x, k)[1], weights, axis=1)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("n", [512, 500])

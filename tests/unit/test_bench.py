@@ -250,6 +250,9 @@ def test_a_named_implementation_that_cannot_run_says_why(capsys, monkeypatch):
         (["--race_rates=fast"], ["--race_rates", "'fast'", "positive number"]),
         (["--shapes=cpu", "--microbatch_size=3"], ["--microbatch_size=3", "divisor", "2048"]),
         (["--json=nowhere/b.json"], ["--json=nowhere/b.json", "does not exist"]),
+        (["--json=."], ["--json=.", "is a folder"]),
+        (["--ops= ,"], ["--ops=' ,'", "names none", "top_k"]),
+        (["--shapes=100000x30000x2x8"], ["--shapes", "'100000x30000x2x8'", "2**31"]),
         (
             ["--shapes=cpu", "--against=torch", "--race_tokens=100"],
             ["--race_tokens=100", "2048"],
