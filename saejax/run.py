@@ -108,23 +108,29 @@ class Experiment:
         Args:
           topology: hardware to plan for; None is what is present.
         """
-        report = plan.report(self.recipe(), topology)
-        return "\n".join([report, *self._plan_data()])
+        return "\n".join([plan.report(self.recipe(), topology), *self.plan_data()])
 
-    def _plan_data(self) -> list[str]:
-        """The activations of this run, stored or streamed; none of synthetic ones."""
+    def plan_data(self) -> list[str]:
+        """The activations of this run in lines, stored or streamed; none of synthetic ones."""
         if isinstance(self.data, SyntheticConfig):
             return []
-        tokens, length, per_shard = self.train.tokens, 64, 1024
-        if isinstance(self.data, HarvestConfig):
-            tokens = self.data.tokens or tokens
-            length, per_shard = self.data.context_length, self.data.contexts_per_shard
-        elif isinstance(self.data, StreamConfig):
-            length = self.data.harvest.context_length
-        width = self.sae.d_model
-        stored = plan_store(tokens, [width], length, contexts_per_shard=per_shard)
+        width, buffered = self.sae.d_model, {}
+        if isinstance(self.data, StoredConfig):
+            stored = self.data.plan(self.train.tokens, width)
+        else:
+            streams = isinstance(self.data, StreamConfig)
+            harvest = self.data.harvest if streams else self.data
+            tokens = self.train.tokens if streams else harvest.tokens or self.train.tokens
+            stored = plan_store(
+                tokens,
+                [width],
+                harvest.context_length,
+                contexts_per_shard=harvest.contexts_per_shard,
+                first_position=harvest.first_position,
+            )
+            buffered = {"buffer_batches": self.data.buffer_batches} if streams else {}
         encoder = 2.0 * width * self.sae.n_latents
-        streamed = describe_stream(self.train.batch_size, width, encoder)
+        streamed = describe_stream(self.train.batch_size, width, encoder, **buffered)
         return ["", *describe_store(stored), "", *streamed]
 
     def run(
@@ -172,17 +178,18 @@ class Experiment:
         argv: Sequence[str],
         allow_change: bool,
     ) -> int:
-        self.claim(run, operative_gin, config_json, argv, allow_change)
-        processes.meet("the run directory")  # nothing is compiled before all have seen it
-        harvests = isinstance(self.data, HarvestConfig | StreamConfig)
-        with watchdog.phase("harvest" if harvests else "start"):
-            mesh = make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
-            source = open_source(
-                self.data, self.sae, self.loader, self.train.batch_size, run.activations, mesh
-            )
-        config = {"json": config_json, "gin": operative_gin}
-        with StopSignal().listening() as stop_requested:
-            fitted = self.fit(run, source, source.batches, stop_requested, config, allow_change)
+        with run.change_accepted():
+            self.claim(run, operative_gin, config_json, argv, allow_change)
+            processes.meet("the run directory")  # nothing is compiled before all have seen it
+            harvests = isinstance(self.data, HarvestConfig | StreamConfig)
+            with watchdog.phase("harvest" if harvests else "start"):
+                mesh = make_mesh(plan.resolve_mesh(self.recipe(), jax.devices()))
+                source = open_source(
+                    self.data, self.sae, self.loader, self.train.batch_size, run.activations, mesh
+                )
+            config = {"json": config_json, "gin": operative_gin}
+            with StopSignal().listening() as stop_requested:
+                fitted = self.fit(run, source, source.batches, stop_requested, config, allow_change)
         watchdog.enter("start")
         if fitted.stopped:
             return exits.PREEMPTED
@@ -218,17 +225,16 @@ class Experiment:
         allow_change: bool,
     ) -> Fitted:
         """Trains on `batches`, which are those of the source or another way to them."""
-        with run.change_accepted():
-            return fit(
-                self.recipe(),
-                batches,
-                identity=source.identity,
-                checkpoints=run.checkpoints,
-                write_to=run.path,
-                stop_requested=stop_requested,
-                config=config,
-                allow_config_change=allow_change,
-            )
+        return fit(
+            self.recipe(),
+            batches,
+            identity=source.identity,
+            checkpoints=run.checkpoints,
+            write_to=run.path,
+            stop_requested=stop_requested,
+            config=config,
+            allow_config_change=allow_change,
+        )
 
     def measure(
         self, run: RunDirectory, source: Source, fitted: Fitted, operative_gin: str

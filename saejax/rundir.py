@@ -114,12 +114,12 @@ class RunDirectory:
     def change_accepted(self) -> Iterator[None]:
         """Puts the configuration back that a claim replaced, if what is inside refuses it.
 
-        That is a ValueError before there is any checkpoint of the new one.
+        That is a ValueError or OSError before there is any checkpoint of the new one.
         """
         before = self._checkpoint_names()
         try:
             yield
-        except ValueError:
+        except (ValueError, OSError):
             if self._checkpoint_names() == before:
                 for path, text in self._replaced.items():
                     write_text(path, text)

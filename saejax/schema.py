@@ -261,12 +261,21 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if before == after and type(before) is type(after):
             continue
+        if _are_named(before) and _are_named(after):
+            before, after = ({item["name"]: item for item in one} for one in (before, after))
         both = isinstance(before, Mapping) and isinstance(after, Mapping)
         if both and before.get("class") == after.get("class"):
             found += [f"{key}.{line}" for line in config_differences(before, after)]
         else:
             found.append(f"{key}: {_brief(before)} -> {_brief(after)}")
     return found
+
+
+def _are_named(value: Any) -> bool:
+    """Whether it is a list of objects of which each has a name."""
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and "name" in item for item in value
+    )
 
 
 def _brief(value: Any) -> str:

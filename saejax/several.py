@@ -126,8 +126,11 @@ class Several:
         return member.site or self.data.harvest.site
 
     def plan(self, topology: str | None = None) -> str:
-        """The plan of every member by itself, for `--dry_run`."""
-        parts = [f"{name}:\n{one.plan(topology)}" for name, one in self._each().items()]
+        """The plan of every member, then of each site's activations; for `--dry_run`."""
+        each = self._each()
+        parts = [f"{name}:\n{plan.report(one.recipe(), topology)}" for name, one in each.items()]
+        of_site = {self.site_of(member): each[member.name] for member in self.members}
+        parts += ["\n".join([f"site {site}:", *one.plan_data()]) for site, one in of_site.items()]
         return "\n\n".join(parts)
 
     def _each(self) -> dict[str, Experiment]:
@@ -173,12 +176,15 @@ class Several:
         shape = tuple(shape_of(mesh))
         experiments = self.experiments(dataclasses.replace(self.mesh, mesh_shape=shape))
         runs = {name: RunDirectory(workdir / name) for name in experiments}
-        for name, experiment in experiments.items():
-            experiment.claim(runs[name], gin, as_json, argv, allow_change)
-        processes.meet("the run directories")  # nothing is compiled before all have seen them
-        with watchdog.phase("harvest"):
-            sources = self._sources(workdir / "activations", mesh)
-        with StopSignal().listening() as stop_requested:
+        with contextlib.ExitStack() as stack:
+            for run in runs.values():  # a change that one refuses is none for any
+                stack.enter_context(run.change_accepted())
+            for name, experiment in experiments.items():
+                experiment.claim(runs[name], gin, as_json, argv, allow_change)
+            processes.meet("the run directories")  # nothing is compiled before all have seen them
+            with watchdog.phase("harvest"):
+                sources = self._sources(workdir / "activations", mesh)
+            stop_requested = stack.enter_context(StopSignal().listening())
             config = {"json": as_json, "gin": gin}
             trainings = {
                 name: (
@@ -190,10 +196,7 @@ class Several:
                 )
                 for name, experiment in experiments.items()
             }  # fmt: skip
-            with contextlib.ExitStack() as stack:  # a change that one refuses is none for any
-                for run in runs.values():
-                    stack.enter_context(run.change_accepted())
-                fitted = together(trainings, functools.partial(_batches, sources))
+            fitted = together(trainings, functools.partial(_batches, sources))
         watchdog.enter("start")  # not before all of them have saved
         if any(one.stopped for one in fitted.values()):
             return exits.PREEMPTED

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from saejax import watchdog
 from saejax.data.layout import CONTEXT_COLUMNS
 from saejax.data.loader import Loader, LoaderConfig
-from saejax.data.shards import Store, open_store
+from saejax.data.shards import NoStoreError, Store, open_store
+from saejax.data.storage import StorePlan, plan_of, plan_store
 from saejax.data.synthetic import Synthetic, SyntheticConfig
 from saejax.evals.downstream import DownstreamInputs
 from saejax.latents.summaries import ContextBlock
@@ -59,6 +60,15 @@ class StoredConfig:
                 f"Stored.subject_shards = {self.subject_shards}: subject {self.subject!r} runs "
                 "outside JAX and is not split over devices; set it to 1."
             )
+
+    def plan(self, tokens: int, width: int) -> StorePlan:
+        """The size of the training split; where there is none yet, of one of so many tokens."""
+        if "://" not in self.path:  # a plan asks no network
+            try:
+                return plan_of([open_store(f"{self.path.rstrip('/')}/train").spec])
+            except NoStoreError:
+                pass
+        return plan_store(tokens, [width], 64)
 
 
 DataConfig = HarvestConfig | StoredConfig | StreamConfig | SyntheticConfig

@@ -13,6 +13,8 @@ DOLLARS_PER_GB_MONTH = 0.02
 DOLLARS_PER_MILLION_WRITES = 5.0
 BUFFER_BATCHES = 64
 """Batches that a swap buffer holds: from 16 on its order is as good as a full shuffle."""
+MAX_DROPPED = 0.05
+"""Share of the contexts asked for that whole shards may leave out, or take more."""
 _SLOT_BYTES = 8  # context and position of a row in the buffer, for the checkpoint
 _JSON_FLOAT = 20  # bytes of a float64 in a commit record
 _MAX_SHARDS = 999_999
@@ -80,6 +82,21 @@ class StorePlan:
         return 3 * self.n_shards * len(self.widths)
 
 
+def plan_shards(available: int, goal: int, contexts_per_shard: int) -> tuple[int, int]:
+    """Contexts a shard and the number of shards, for `goal` of `available` contexts.
+
+    Takes the largest power of two, at most `contexts_per_shard`, that comes within 5 % of the
+    goal in whole shards.
+    """
+    size = 1 << (contexts_per_shard.bit_length() - 1)
+    while size > 1:
+        n_shards = min(max(1, round(goal / size)), available // size)
+        if abs(n_shards * size - goal) <= MAX_DROPPED * goal:
+            return size, n_shards
+        size //= 2
+    return 1, goal
+
+
 def plan_store(
     tokens: int,
     widths: Sequence[int],
@@ -88,14 +105,16 @@ def plan_store(
     contexts_per_shard: int = 1024,
     first_position: int = 1,
 ) -> StorePlan:
-    """The store of so many activations, in whole shards."""
-    per_shard = contexts_per_shard * (context_length - first_position)
+    """The store of so many activations, cut into shards as a harvest cuts more text than that."""
+    contexts = -(-tokens // (context_length - first_position))
+    enough = contexts + contexts_per_shard
+    contexts_per_shard, n_shards = plan_shards(enough, contexts, contexts_per_shard)
     return StorePlan(
         tokens=tokens,
         widths=tuple(widths),
         context_length=context_length,
         contexts_per_shard=contexts_per_shard,
-        n_shards=-(-tokens // per_shard),
+        n_shards=n_shards,
         first_position=first_position,
     )
 
@@ -163,7 +182,10 @@ def describe_store(plan: StorePlan, tokens_per_second: float | None = None) -> l
 
 
 def describe_stream(
-    batch_size: int, width: int, sae_flops: float | None = None, devices: int = 1
+    batch_size: int,
+    width: int,
+    sae_flops: float | None = None,
+    buffer_batches: int = BUFFER_BATCHES,
 ) -> list[str]:
     """The streaming alternative: a swap buffer on the devices, and the subject run every epoch.
 
@@ -172,22 +194,14 @@ def describe_stream(
       width: of a row.
       sae_flops: floating-point operations of the autoencoder's encoder, a token; None when not
         known.
-      devices: that share the buffer.
+      buffer_batches: batches that the buffer holds.
     """
-    rows = BUFFER_BATCHES * batch_size
+    rows = buffer_batches * batch_size
     held = size(rows * (2 * width + _SLOT_BYTES))
     layer = 24.0 * width**2  # 12 d^2 weights a GPT block, a multiply-add each
     lines = [
         "streamed instead: nothing is stored, every epoch runs the subject again",
-        _row(
-            "swap buffer",
-            f"{rows:,} rows ({BUFFER_BATCHES} batches): {held}"
-            + (
-                f", {size(rows * (2 * width + _SLOT_BYTES) / devices)} a device"
-                if devices > 1
-                else ""
-            ),
-        ),
+        _row("swap buffer", f"{rows:,} rows ({buffer_batches} batches): {held}"),
         _row(
             "subject",
             f"about {short(layer / 1e9)} GFLOP a token and layer below the site (24 width^2)",

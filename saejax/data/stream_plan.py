@@ -55,7 +55,7 @@ class StreamPlan:
             raise ValueError(
                 f"{self.n_contexts} contexts are fewer than one forward pass takes (Stream.lanes = "
                 f"{self.lanes} times Harvest.batch_contexts = {self.group_contexts}); give more "
-                "text, or lower one of them."
+                "text, raise Harvest.tokens if it limits them, or lower one of those two."
             )
         if self.rows_per_group < 1:
             raise ValueError(

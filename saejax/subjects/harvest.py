@@ -21,6 +21,7 @@ from saejax.data.corpus import TextConfig
 from saejax.data.images import ImagesConfig
 from saejax.data.loader import check_batch_size
 from saejax.data.shards import NoStoreError, Store, StoreSpec, open_store
+from saejax.data.storage import MAX_DROPPED, plan_shards
 from saejax.data.tokens import Contexts
 from saejax.subjects.base import Subject
 from saejax.subjects.computation import check_computation, computation_of
@@ -28,7 +29,6 @@ from saejax.subjects.filling import Filling, Forward, make_forward
 from saejax.subjects.request import HarvestConfig, open_subject, resolve_request
 
 SPLITS = ("train", "held_out")
-MAX_DROPPED = 0.05
 
 Log = Callable[[str], None]
 _TELL: Log = logging.getLogger(__name__).info
@@ -130,21 +130,6 @@ def _open_stores(
         split: {site: made[f"{cfg.folder(root, site)}/{split}"] for site in by_site}
         for split, by_site in specs.items()
     }
-
-
-def plan_shards(available: int, goal: int, contexts_per_shard: int) -> tuple[int, int]:
-    """Contexts a shard and the number of shards, for `goal` of `available` contexts.
-
-    Takes the largest power of two, at most `contexts_per_shard`, that comes within 5 % of the
-    goal in whole shards.
-    """
-    size = 1 << (contexts_per_shard.bit_length() - 1)
-    while size > 1:
-        n_shards = min(max(1, round(goal / size)), available // size)
-        if abs(n_shards * size - goal) <= MAX_DROPPED * goal:
-            return size, n_shards
-        size //= 2
-    return 1, goal
 
 
 def check_free_space(path: str, needed_bytes: int) -> int | None:

@@ -417,6 +417,20 @@ def test_another_run_is_refused_and_untouched(command, finished):
     assert digest(finished) == before
 
 
+def test_a_change_that_the_data_refuse_is_not_kept(finished, small, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    kept = (tmp_path / "run/config.json").read_bytes()
+    given = [f"--gin_file={small[SYNTHETIC]}", f"--workdir={tmp_path}/run"]
+    changes = [f"--gin_bindings={binding}" for binding in ("SAE.k = 3", "Synthetic.d_model = 16")]
+    try:
+        code = main_in_process([*given, *changes, "--allow_config_change"])
+    finally:
+        flags.FLAGS["allow_config_change"].unparse()
+    assert_refused((code, capsys.readouterr().err), "SAE.d_model = 8", "Synthetic.d_model")
+    assert (tmp_path / "run/config.json").read_bytes() == kept
+    assert main_in_process(given) == 0
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from saejax import config, main
+from saejax.data.shards import StoreSpec, open_store
 from saejax.plan.hardware import parse_topology
 
 SHIPPED = config.shipped_files()
@@ -105,6 +106,32 @@ def test_the_data_of_a_run_is_planned_beside_it(dry_run):
     assert re.search(r"^  swap buffer +8,388,608 rows .*: 206 GB$", plan, re.MULTILINE)
     assert "the encoder takes 412 GFLOP a token" in plan
     assert "activations stored" not in dry_run(["--gin_file=gin/synthetic.gin"])
+
+
+def test_the_plan_heeds_the_settings_of_the_data(dry_run):
+    bound = "--gin_bindings="
+    plan = dry_run(
+        ["--gin_file=gin/quickstart.gin", f"{bound}Harvest.first_position = 0",
+         f"{bound}Harvest.contexts_per_shard = 300", f"{bound}Harvest.tokens = 20_480"]
+    )  # fmt: skip
+    assert re.search(r"^  rows +20,480 a site, of 20,480 tokens", plan, re.MULTILINE)
+    assert re.search(r"^  shards +5 a site, of 64 contexts x 64 rows", plan, re.MULTILINE)
+    plan = dry_run(["--gin_file=gin/several.gin", f"{bound}Stream.buffer_batches = 16"])
+    assert len(re.findall(r"^  swap buffer .*\(16 batches\)", plan, re.MULTILINE)) == len(
+        set(re.findall(r"^site (.*):$", plan, re.MULTILINE))
+    )
+
+
+def test_the_plan_of_a_store_that_is_there_is_of_it(dry_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    command = ["--gin_file=gin/stored.gin", f"--gin_bindings=Stored.path = '{folder}'"]
+    spec = StoreSpec(
+        subject="s", subject_fingerprint="f", text_fingerprint="t", split="train", site="x",
+        d_model=192, context_length=8, contexts_per_shard=4, n_shards=3, max_norm_ratio=10.0,
+    )  # fmt: skip
+    assert re.search(r"^  rows +3,032,064 a site", dry_run(command), re.MULTILINE)
+    open_store(folder / "train", spec, mode="w")
+    assert re.search(r"^  rows +84 a site", dry_run(command), re.MULTILINE)
 
 
 def test_a_harvest_is_planned_on_paper(dry_run):

@@ -370,6 +370,17 @@ def test_a_run_is_an_experiment_or_a_harvest():
         config.load_experiment(["gin/quickstart.gin", "gin/harvest.gin"])
 
 
+def test_differences_are_found_in_lists_of_what_has_names():
+    def members(*sites):
+        named = zip("ab", sites, strict=False)
+        return {"members": [{"class": "M", "name": name, "site": site} for name, site in named]}
+
+    assert config.config_differences(members(1, 2), members(1, 3)) == ["members.b.site: 2 -> 3"]
+    assert config.config_differences(members(1, 2), members(1)) == ["members.b: @M() -> (absent)"]
+    assert config.config_differences({"at": [1, 2]}, {"at": [1, 3]}) == ["at: [1, 2] -> [1, 3]"]
+    assert config.config_differences(members(1), {"members": None})[0].endswith("-> None")
+
+
 def test_list_configurables():
     text = config.list_configurables(TABLE)
     assert "Files: Activations from a model.\n  site: str (required)\n" in text
