@@ -13,6 +13,7 @@ from saejax import exits, processes, watchdog
 from saejax.data.corpus import TextConfig
 from saejax.data.shards import Store
 from saejax.data.storage import describe_store, describe_stream, duration, plan_of, plan_store
+from saejax.data.store_place import check_place
 from saejax.rundir import RunDirectory
 from saejax.subjects.harvest import (
     SPLITS,
@@ -73,6 +74,7 @@ class HarvestRun:
         """
         if topology is not None:
             raise ValueError(f"--topology={topology} plans training; leave it out for a harvest.")
+        self._check_path()
         cfg, plans = self.data, []
         if self.width is not None:
             widths = [self.width] * len(cfg.all_sites)
@@ -123,6 +125,7 @@ class HarvestRun:
         Raises:
           ValueError, OSError: bad configuration or data; the message says what to do.
         """
+        self._check_path()
         began = time.monotonic()
         run = RunDirectory(workdir)
         root = self.path or str(run.activations)
@@ -147,6 +150,10 @@ class HarvestRun:
             _report(pair)
         _LOG.info("harvested in %s: %s", duration(time.monotonic() - began), root)
         return exits.DONE
+
+    def _check_path(self) -> None:
+        if self.path is not None:
+            check_place(self.path, "HarvestRun.path")
 
 
 def _report(stores: Sequence[Store]) -> None:

@@ -22,8 +22,10 @@ from saejax.data.foreign.formats import open_foreign, state_of
 from saejax.data.foreign.interface import FLOATS, Foreign, Part, Wanted
 from saejax.data.foreign.reading import Reader
 from saejax.data.layout import CONTEXT_STREAM, MASKED, StoreSpec, permutation, random_keys
-from saejax.data.shards import Store, open_store
-from saejax.subjects.harvest import SPLITS, check_free_space, missing_at, plan_shards
+from saejax.data.shards import NoStoreError, Store, open_store
+from saejax.data.storage import plan_shards
+from saejax.data.store_place import check_place
+from saejax.subjects.harvest import SPLITS, check_free_space, missing_at
 from saejax.subjects.hf import load_subject
 
 MAX_NORM_RATIO = 10.0
@@ -107,6 +109,8 @@ class ImportConfig:
         ratio = self.max_norm_ratio
         if ratio is not None and ratio != 0 and not ratio > 1:
             raise ValueError(f"import max_norm_ratio = {ratio}: must be above 1, or 0 for none")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"import seed = {self.seed}: must be in [0, 2**63)")
 
 
 def import_activations(
@@ -115,6 +119,9 @@ def import_activations(
     log: Log = logging.getLogger(__name__).info,
 ) -> dict[str, Store]:
     """Fills the stores 'train' and 'held_out' under `root` with the shards that are missing.
+
+    A refused import leaves nothing. Where a store was begun before the fault was found, the error
+    says what to delete.
 
     Args:
       cfg: what to import.
@@ -130,25 +137,24 @@ def import_activations(
         stores of another source there.
       OSError: no space, or no permission.
     """
+    root = os.fspath(root).rstrip("/")
+    check_place(root, "import store")
     wanted = Wanted(field=cfg.field, tokens=cfg.tokens)
     format, foreign = open_foreign(cfg.source, wanted, cfg.format)
     source = _Source(cfg, format, foreign, log)
-    root = os.fspath(root).rstrip("/")
     ids = {split: source.of_split(split) for split in SPLITS if cfg.split in ("both", split)}
     specs = {split: source.spec(split, len(found)) for split, found in ids.items()}
     needed = sum(spec.bytes_per_shard * spec.n_shards for spec in specs.values())
     if cfg.max_bytes is not None and needed > cfg.max_bytes:
         raise ValueError(f"import max_bytes = {cfg.max_bytes}: the store needs {needed}")
     missing = {split: missing_at(f"{root}/{split}", spec) for split, spec in specs.items()}
-    # Before anything is created: a refused import leaves nothing.
     check_free_space(root, sum(specs[s].bytes_per_shard * len(missing[s]) for s in specs))
-    stores = {split: open_store(f"{root}/{split}", spec, "w") for split, spec in specs.items()}
-    for split, store in stores.items():
-        store.write_documents(source.documents)
-        source.fill(store, ids[split], missing[split])
-        manifest = store.finish(source.provenance(ids[split], store.spec))
+    stores = {}
+    for split, spec in specs.items():
+        store = stores[split] = source.fill(f"{root}/{split}", spec, ids[split], missing[split])
+        manifest = store.finish(source.provenance(ids[split], spec))
         if missing[split]:
-            log(_summary(store.spec, manifest))
+            log(_summary(spec, manifest))
     return stores
 
 
@@ -180,6 +186,7 @@ class _Source:
         if self._reader.count >= 2**32:
             raise ValueError(f"{cfg.source} has {self._reader.count} contexts: at most 2**32 - 1")
         self._left_out: dict[str, int] = {}
+        self._opened: list[str] = []  # stores that there are
         self._kept = np.arange(self._reader.count)
         if self._length == 1:
             log(f"import: looks at {self._reader.count:,} rows for NaN, masks and norms")
@@ -272,9 +279,9 @@ class _Source:
             "contexts_dropped": len(ids) - spec.n_shards * spec.contexts_per_shard,
         }
 
-    def fill(self, store: Store, ids: np.ndarray, missing: list[int]) -> None:
-        """Produces some shards."""
-        spec = store.spec
+    def fill(self, path: str, spec: StoreSpec, ids: np.ndarray, missing: list[int]) -> Store:
+        """Produces some shards of a store."""
+        store = self._open(path, spec, "r")
         order = ids[permutation(len(ids), spec.seed, CONTEXT_STREAM)]
         # In any order, so that processes that know nothing of each other seldom do the same.
         shards = np.random.default_rng().permutation(missing).tolist()
@@ -284,12 +291,15 @@ class _Source:
         with concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers:
             writing: list[concurrent.futures.Future] = []
             while done < len(shards):
-                some = [s for s in shards[done : done + at_once] if not store.is_committed(s)]
+                some = shards[done : done + at_once]
+                some = [s for s in some if not (store and store.is_committed(s))]
                 done += at_once
                 if not some:  # made by another process meanwhile
                     continue
                 n = spec.contexts_per_shard
                 found = self._read(spec, np.concatenate([order[s * n : (s + 1) * n] for s in some]))
+                # Made only now that the first are sound: a refused import leaves nothing.
+                store = store or self._open(path, spec, "w")
                 for future in writing:
                     future.result()
                 writing = [
@@ -304,10 +314,28 @@ class _Source:
                     logged = now
             for future in writing:
                 future.result()
+        return store
+
+    def _open(self, path: str, spec: StoreSpec, mode: str) -> Store | None:
+        try:
+            store = open_store(path, spec, mode)
+        except NoStoreError:
+            return None
+        store.write_documents(self.documents)
+        self._opened.append(store.path)
+        return store
 
     def _read(self, spec: StoreSpec, ids: np.ndarray) -> dict[int, dict[str, Any]]:
         """What `Store.write_shard` wants of some shards, by their place among them."""
-        found = self._reader.gather(ids, spec.first_position)
+        try:
+            found = self._reader.gather(ids, spec.first_position)
+        except ValueError as error:
+            if not self._opened:
+                raise
+            raise ValueError(
+                f"{error}; before the mended source is imported, delete what was begun: "
+                f"{' and '.join(self._opened)}"
+            ) from error
         n, columns = spec.contexts_per_shard, {}
         for i in range(len(ids) // n):
             cut = slice(i * n, (i + 1) * n)

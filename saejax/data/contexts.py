@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from saejax.data import corpus, token_arrays
+from saejax.data import corpus, id_files
 from saejax.data.corpus import Documents, TextConfig
 from saejax.data.progress import Log, Progress
-from saejax.data.readers import HUB, open_npy
+from saejax.data.readers import HUB, TEXT_SUFFIXES, open_npy
 from saejax.data.splits import Split
 from saejax.data.token_arrays import IdsOnly, TokenDocuments, TokensConfig
 from saejax.data.tokens import (
     Contexts,
+    NoRowError,
     Sink,
     Tokenizer,
     encode_documents,
@@ -68,6 +69,7 @@ def load_contexts(
     Raises:
       FileNotFoundError: the source does not exist.
       ValueError: bad input, see `Documents` and `TokenDocuments`; or a damaged cache entry.
+      OSError: the cache cannot be written.
     """
     if isinstance(cfg, TokensConfig) and isinstance(tokenizer, IdsOnly):
         tokenizer = tokenizer.with_special(cfg.separator, cfg.pad_id)
@@ -77,25 +79,42 @@ def load_contexts(
     root = pathlib.Path(folder).expanduser()
     key = reading.key()
     entry = root / key
-    if not entry.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        building = root / f".{key}-{secrets.token_hex(8)}"
-        building.mkdir()  # not by tempfile, which would shut out whoever shares the cache
+    if (building := _begun(entry, _label(cfg))) is not None:
         try:
             _write(reading.pack(_FileSink(building)), building)
             _publish(building, entry)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            label = _label(cfg)
-            raise OSError(
-                error.errno,
-                f"{label}.cache: no space left for contexts in {root}; free some and run again, "
-                f"or set {label}.cache to another folder",
-            ) from error
+            raise _unkept(error, root, _label(cfg)) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return _read(entry)
+
+
+def _begun(entry: pathlib.Path, label: str) -> pathlib.Path | None:
+    """A new folder beside the place of an entry; None where the entry is there."""
+    root = entry.parent
+    building = root / f".{entry.name}-{secrets.token_hex(8)}"
+    try:
+        if entry.is_dir():
+            return None
+        root.mkdir(parents=True, exist_ok=True)
+        building.mkdir()  # not by tempfile, which would shut out whoever shares the cache
+    except OSError as error:
+        raise _unkept(error, root, label) from error
+    return building
+
+
+def _unkept(error: OSError, root: pathlib.Path, label: str) -> OSError:
+    if error.errno in _FULL:
+        told = f"{label}.cache: no space left for contexts in {root}; free some and run again, or "
+        return OSError(error.errno, f"{told}set {label}.cache to another folder")
+    return OSError(
+        error.errno,
+        f"{label}.cache = {str(root)!r} is no folder that can be written ({error.strerror}); give "
+        "another, or None to keep nothing",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +140,19 @@ class _Reading:
             encoded = encode_documents(documents, tokenizer)
         else:
             encoded = documents = TokenDocuments(cfg, self.split, tokenizer, progress)
-        packed = pack_tokens(
-            progress.packing(encoded),
-            tokenizer,
-            self.context_length,
-            bos=cfg.bos,
-            tails=cfg.tails,
-            min_tail=cfg.min_tail,
-            keep_special=self.keep_special,
-            sink=sink,
-        )
+        try:
+            packed = pack_tokens(
+                progress.packing(encoded),
+                tokenizer,
+                self.context_length,
+                bos=cfg.bos,
+                tails=cfg.tails,
+                min_tail=cfg.min_tail,
+                keep_special=self.keep_special,
+                sink=sink,
+            )
+        except NoRowError as error:
+            raise ValueError(f"{error}{_pieces(cfg)}") from error
         packed.left_out.update(documents.left_out)
         return packed
 
@@ -157,6 +179,18 @@ class _Reading:
 
 def _label(cfg: TextConfig | TokensConfig) -> str:
     return type(cfg).__name__.removesuffix("Config")
+
+
+def _pieces(cfg: TextConfig | TokensConfig) -> str:
+    """What to say of documents that are short because they are pieces of one file."""
+    file = pathlib.Path(cfg.source).expanduser()
+    of_text = isinstance(cfg, TextConfig) and file.name.lower().endswith(TEXT_SUFFIXES)
+    if not of_text or not file.is_file():
+        return ""
+    return (
+        f"; Text.source = {cfg.source!r} is one file, cut into pieces so that it can be split; the "
+        "files of a folder are not cut"
+    )
 
 
 def _unbounded(cfg: TextConfig | TokensConfig) -> str | None:
@@ -194,7 +228,7 @@ def _state(cfg: TextConfig | TokensConfig) -> Any:
         return _files(corpus.source_files(cfg.source))
     offsets = cfg.offsets and pathlib.Path(cfg.offsets).expanduser()
     beside = [(offsets, "offsets")] if offsets and offsets.is_file() else []
-    return _files([*token_arrays.token_files(cfg.source), *beside])
+    return _files([*id_files.token_files(cfg.source), *beside])
 
 
 def _files(files: Iterable[tuple[pathlib.Path, str]]) -> list[tuple[str, int, int]]:

@@ -37,9 +37,10 @@ class TextConfig:
     Attributes:
       source: 'python' for the standard library of the running interpreter (of the installed
         dependencies when the interpreter carries no source); the path of a .txt, .py, .md, .jsonl,
-        .jsonl.gz, .jsonl.zst or .parquet file or of a folder of such (those packed with zstandard,
-        and parquet, need the packages zstandard and pyarrow); or 'hf:owner/name', a dataset of the
-        Hugging Face hub, streamed with the package datasets ('hf:/path' for a local folder).
+        .jsonl.gz, .jsonl.zst or .parquet file or of a folder of such, linked folders included
+        (those packed with zstandard, and parquet, need the packages zstandard and pyarrow); or
+        'hf:owner/name', a dataset of the Hugging Face hub, streamed with the package datasets
+        ('hf:/path' for a local folder).
       field: field of a JSON line, or column of a table, that holds the text.
       name: configuration ("subset") of the Hugging Face dataset.
       split: its split; both of ours are cut out of this one.
@@ -158,6 +159,59 @@ def walk(root: pathlib.Path, suffixes: tuple[str, ...], skipped: frozenset[str])
                 yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
 
 
+def files_below(
+    root: pathlib.Path, suffixes: tuple[str, ...], told: str, skipped: frozenset[str] = frozenset()
+) -> list[str]:
+    """As `walk`, of a folder that a user gives: endings in any case, linked folders read, too.
+
+    Names go through the links. A folder that is reached in several ways is read once, and by its
+    own path if that has no link, so that a loop ends and no document is there twice.
+
+    Args:
+      root: the folder.
+      suffixes: of the files, in lower case.
+      told: begins the message; the field and its value.
+      skipped: names of folders that are left out.
+
+    Raises:
+      FileNotFoundError: a link leads nowhere.
+      ValueError: a name is not UTF-8.
+    """
+    found, seen, starts = [], set(), [root]
+    for start in starts:  # grows by the links that are met
+        for folder, folders, files in os.walk(start):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            here = pathlib.Path(folder)
+            folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
+            starts += [here / f for f in folders if (here / f).is_symlink()]
+            for path in (here / name for name in files if not name.startswith(".")):
+                ours = path.name.lower().endswith(suffixes)
+                # What led to a folder counts as a file once that is gone.
+                if (ours or not path.suffix) and path.is_symlink() and not path.exists():
+                    raise FileNotFoundError(
+                        f"{told}: the link {str(path)!r} leads to {os.readlink(path)!r}, which is "
+                        "not there; mend or remove the link"
+                    )
+                if ours:
+                    found.append(_readable(path.relative_to(root).as_posix(), told))
+    return sorted(found)
+
+
+def _readable(name: str, told: str) -> str:
+    """The name, by which documents are split and told of."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{told}: the name {name!a} of a file in it is not UTF-8; rename the file, or the "
+            "folder that it lies in"
+        ) from error
+    return name
+
+
 def python_files(root: pathlib.Path, skipped: frozenset[str]) -> Iterator[Document]:
     """Python modules under a folder, decoded by their own declaration (PEP 263)."""
     for name in walk(root, (".py",), skipped):
@@ -206,8 +260,8 @@ def source_files(source: str) -> list[tuple[pathlib.Path, str]]:
     """The files of a path and what their documents are called, sorted by name.
 
     Raises:
-      FileNotFoundError: no such path.
-      ValueError: a file of another kind.
+      FileNotFoundError: no such path, or a link in the folder leads nowhere.
+      ValueError: a file of another kind, or a name that is not UTF-8.
     """
     root = pathlib.Path(source).expanduser()
     if not root.exists():
@@ -217,9 +271,10 @@ def source_files(source: str) -> list[tuple[pathlib.Path, str]]:
             "'python'"
         )
     if root.is_dir():
-        names = sorted(walk(root, SUFFIXES, frozenset({"__pycache__"})))
+        told = f"Text.source = {source!r}"
+        names = files_below(root, SUFFIXES, told, frozenset({"__pycache__"}))
         return [(root / name, name) for name in names]
-    if not root.name.endswith(SUFFIXES):
+    if not root.name.lower().endswith(SUFFIXES):
         raise ValueError(f"Text.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
     return [(root, root.name)]
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from saejax.data import splits
-from saejax.data.corpus import walk
+from saejax.data.corpus import files_below
 from saejax.data.progress import Log, Progress
 from saejax.data.readers import extra, open_npy
 from saejax.data.splits import OVER_LIMIT, Split
@@ -300,9 +300,8 @@ def _image_files(source: str) -> list[tuple[pathlib.Path, str]]:
             f"Images.source = {source!r}: no such file or folder; give one that exists"
         )
     if root.is_dir():
-        below = walk(root, ("",), frozenset())  # all, for cameras write .JPG
-        found = sorted(name for name in below if name.lower().endswith(SUFFIXES))
-        return [(root / name, name) for name in found]
+        told = f"Images.source = {source!r}"
+        return [(root / name, name) for name in files_below(root, SUFFIXES, told)]
     if not root.name.lower().endswith(SUFFIXES):
         raise ValueError(f"Images.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
     return [(root, root.name)]

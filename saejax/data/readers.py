@@ -80,9 +80,10 @@ def read_file(
     Raises:
       ValueError: not UTF-8, NUL bytes, not JSON, no such field, truncated or damaged.
     """
-    if path.name.endswith(".parquet"):
+    kind = path.name.lower()
+    if kind.endswith(".parquet"):
         texts = enumerate(_parquet(path, field))
-    elif path.name.endswith(LINES_SUFFIXES):
+    elif kind.endswith(LINES_SUFFIXES):
         texts = _json_lines(path, field)
     elif path.stat().st_size > _WHOLE:
         yield from blocks(name, _decoded(path))
@@ -203,8 +204,11 @@ def _json_lines(path: pathlib.Path, field: str) -> Iterator[tuple[int, str | Non
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            what = "not JSON" if isinstance(error, ValueError) else "too deeply nested JSON"
+            raise ValueError(
+                f"{path}, line {number} is {what}: {error}; mend or remove the line"
+            ) from error
         if not isinstance(value, dict) or not isinstance(value.get(field, 0), str | None):
             found = f"; fields: {', '.join(map(str, value))}" if isinstance(value, dict) else ""
             raise ValueError(
@@ -257,9 +261,10 @@ def _chunks(path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]] | None:
-    if path.name.endswith(".gz"):
+    kind = path.suffix.lower()
+    if kind == ".gz":
         return functools.partial(zlib.decompressobj, 31), zlib.error
-    if path.name.endswith(".zst"):
+    if kind == ".zst":
         zstandard = extra("zstandard", f"{path}: .zst")
         context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         return context.decompressobj, zstandard.ZstdError
@@ -268,17 +273,19 @@ def _decompressor(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception
 
 def _parquet(path: pathlib.Path, field: str) -> Iterator[str | None]:
     for column in parquet_column(path, field, "Text.field"):
-        if column.type not in _string_types():
+        if not _holds_strings(column.type):
             raise ValueError(
                 f"{path}: column {field!r} (Text.field) holds {column.type}, not strings"
             )
         yield from column.to_pylist()
 
 
-def _string_types() -> tuple[Any, ...]:
+def _holds_strings(kind: Any) -> bool:
     import pyarrow
 
-    return pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()
+    if isinstance(kind, pyarrow.DictionaryType):  # as of what pandas calls a category
+        kind = kind.value_type
+    return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 
 
 # numpy parses a header as a Python literal, and Python 3.11 counts the depth of that for all

@@ -6,19 +6,26 @@ import dataclasses
 import hashlib
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 
 from saejax.data import readers, splits
-from saejax.data.corpus import Bos, Tails, walk
+from saejax.data.corpus import Bos, Tails
+from saejax.data.id_files import (
+    SUFFIXES,
+    IdArray,
+    list_of_ids,
+    open_ids,
+    parquet_blocks,
+    token_files,
+)
 from saejax.data.progress import Progress
 from saejax.data.readers import EMPTY, HUB
 from saejax.data.splits import Split
 from saejax.data.tokens import TokenDocument, Tokenizer, resolve_bos
 
-SUFFIXES = (".npy", ".safetensors", ".parquet")
 _BLOCK_TOKENS = 1 << 20
 
 
@@ -33,9 +40,10 @@ class TokensConfig:
       field: tensor of a .safetensors file, or column of a table, that holds the ids.
       offsets: of a flat array, where its documents begin, ascending from 0: another .npy file, or
         another tensor of the same .safetensors file.
-      separator: of a flat array without offsets, the id that begins every document. Of a subject
-        without a tokenizer it is taken to be a special token, as the ids are that its config.json
-        names: bos_token_id, eos_token_id and pad_token_id.
+      separator: of a flat array without offsets, the id that begins every document; a file without
+        it, among others that have it, is one document. Of a subject without a tokenizer it is taken
+        to be a special token, as the ids are that its config.json names: bos_token_id, eos_token_id
+        and pad_token_id.
       pad_id: id that fills rows up on their right; it is cut off, and may lie outside the
         vocabulary, as -1 or -100 do. None: rows are full.
       name: configuration ("subset") of the Hugging Face dataset.
@@ -163,9 +171,15 @@ class TokenDocuments(splits.SplitReader):
         """Reads nothing yet; `progress` is told of every document that is read.
 
         Raises:
-          ValueError: no such split.
+          ValueError: no such split, or a separator outside the vocabulary.
         """
         super().__init__(cfg, split, label="Tokens", limit="max_tokens")
+        if cfg.separator is not None and cfg.separator >= tokenizer.vocab_size:
+            raise ValueError(
+                f"Tokens.separator = {cfg.separator} is outside the tokenizer's vocabulary (0 .. "
+                f"{tokenizer.vocab_size - 1}); give the id that begins every document"
+            )
+        self._separated = False  # whether the separator was seen
         self._progress = progress or Progress(None, "")
         self.first = cfg.take == "first" or (cfg.take == "auto" and cfg.source.startswith(HUB))
         self._vocab_size = tokenizer.vocab_size
@@ -210,21 +224,34 @@ class TokenDocuments(splits.SplitReader):
             )
             for number, row in enumerate(rows):
                 name = f"{prefix}:{number}"
-                yield name, self._checked(_list_of_ids(row, name), name)
+                ids = list_of_ids(row, name)
+                yield name, self._checked(ids, np.array([len(ids)]), prefix, number)
             return
-        for path, name in token_files(cfg.source):
-            if name == cfg.offsets or path == pathlib.Path(cfg.offsets or "").expanduser():
-                continue
+        for path, name in self._files():
             number = 0
             for block, lengths in self._blocks(path):
-                ids = self._checked(block, f"{path}, from document {number}")
+                ids = self._checked(block, lengths, str(path), number)
                 for row in np.split(ids, np.cumsum(lengths)[:-1]):
                     yield f"{name}:{number}", row
                     number += 1
 
-    def _checked(self, ids: np.ndarray, where: str) -> np.ndarray:
+    def _files(self) -> Iterator[tuple[pathlib.Path, str]]:
+        """The files of ids; one of offsets may lie among them."""
+        offsets = self.cfg.offsets
+        beside = pathlib.Path(offsets).expanduser().resolve() if offsets else None
+        for path, name in token_files(self.cfg.source):
+            if beside is None or (name != offsets and path.resolve() != beside):
+                yield path, name
+
+    def _checked(self, ids: np.ndarray, lengths: np.ndarray, where: str, first: int) -> np.ndarray:
+        """The flat ids of documents `first`, first + 1 ..., all of them in the vocabulary."""
+        flat = self.cfg.offsets is not None or self.cfg.separator is not None
+        kind = "document" if flat else "row"
         if not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"{where}: ids of dtype {ids.dtype}, not integers; give token ids")
+            raise ValueError(
+                f"{where}, from {kind} {first}: ids of dtype {ids.dtype}, not integers; give token "
+                "ids"
+            )
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
         if low < 0 or high >= self._vocab_size:  # of padding, or wrong
             strange = (ids < 0) | (ids >= self._vocab_size)
@@ -233,19 +260,24 @@ class TokenDocuments(splits.SplitReader):
             if not strange.any():
                 return ids
             at = int(np.flatnonzero(strange)[0])
-            wrong = int(ids[at])
+            wrong, ends = int(ids[at]), np.cumsum(lengths)
+            row = int(np.searchsorted(ends, at, side="right"))
+            remedy = "use ids of the subject's own tokenizer"
+            if self.cfg.pad_id is None and (ids[strange] == wrong).all():
+                remedy += f", or set Tokens.pad_id = {wrong} if it fills {kind}s up on the right"
             raise ValueError(
-                f"{where}: id {wrong} (token {at}) is outside the tokenizer's vocabulary (0 .. "
-                f"{self._vocab_size - 1}); use ids of the subject's own tokenizer"
+                f"{where}, {kind} {first + row}, token {at - int(ends[row] - lengths[row])}: id "
+                f"{wrong} is outside the tokenizer's vocabulary (0 .. {self._vocab_size - 1}); "
+                f"{remedy}"
             )
         return ids
 
     def _blocks(self, path: pathlib.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Flat ids of whole documents and their lengths, about a million tokens at a time."""
-        if path.suffix == ".parquet":
-            yield from _parquet_blocks(path, self.cfg.field)
+        if path.suffix.lower() == ".parquet":
+            yield from parquet_blocks(path, self.cfg.field)
             return
-        array, beside = _open(path, self.cfg.field, self.cfg.offsets)
+        array, beside = open_ids(path, self.cfg.field, self.cfg.offsets)
         if len(array.shape) == 2:
             n, width = array.shape
             step = max(1, _BLOCK_TOKENS // max(1, width))
@@ -265,7 +297,7 @@ class TokenDocuments(splits.SplitReader):
             )
             first = last
 
-    def _starts(self, path: pathlib.Path, array: _Array, beside: _Array | None) -> np.ndarray:
+    def _starts(self, path: pathlib.Path, array: IdArray, beside: IdArray | None) -> np.ndarray:
         """Where the documents of a flat array begin."""
         length = array.shape[0]
         if beside is not None:
@@ -285,108 +317,33 @@ class TokenDocuments(splits.SplitReader):
                 f"{path} is a flat array of {length} ids: say where its documents begin with "
                 "Tokens.offsets or Tokens.separator, or reshape it to [N, T]"
             )
-        found = [np.zeros(1, np.int64)]
-        for start in range(0, length, _BLOCK_TOKENS):
-            block = array.read(start, min(length, start + _BLOCK_TOKENS))
-            found.append(start + np.flatnonzero(block == self.cfg.separator))
-        return np.unique(np.concatenate(found))
+        found = [start + at for start, at in self._separators(array)]
+        if any(map(len, found)):
+            self._separated = True
+        elif length and not self._separated:
+            self._look_for_separator()
+        return np.unique(np.concatenate([np.zeros(1, np.int64), *found]))
 
+    def _separators(self, array: IdArray) -> Iterator[tuple[int, np.ndarray]]:
+        """Where parts of a flat array begin, and where in each the separator stands."""
+        for start in range(0, array.shape[0], _BLOCK_TOKENS):
+            block = array.read(start, min(array.shape[0], start + _BLOCK_TOKENS))
+            yield start, np.flatnonzero(block == self.cfg.separator)
 
-def token_files(source: str) -> list[tuple[pathlib.Path, str]]:
-    """The files of a path and what their documents are called, sorted by name.
-
-    Raises:
-      FileNotFoundError: no such path.
-      ValueError: a file of another kind.
-    """
-    root = pathlib.Path(source).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(
-            f"Tokens.source = {source!r}: no such file or folder; give one that exists"
-        )
-    if root.is_dir():
-        return [(root / name, name) for name in sorted(walk(root, SUFFIXES, frozenset()))]
-    if root.suffix not in SUFFIXES:
-        raise ValueError(f"Tokens.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
-    return [(root, root.name)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """An array in a file; `read(start, stop)` loads some of its first axis."""
-
-    shape: tuple[int, ...]
-    read: Callable[[int, int], np.ndarray]
-
-
-def _open(path: pathlib.Path, field: str, offsets: str | None) -> tuple[_Array, _Array | None]:
-    """The ids of a file, and its offsets if they are asked for."""
-    if path.suffix == ".npy":
-        beside = _npy(pathlib.Path(offsets).expanduser()) if offsets else None
-        array = _npy(path)
-    else:
-        array = _safetensors(path, field, "Tokens.field")
-        beside = _safetensors(path, offsets, "Tokens.offsets") if offsets else None
-    if len(array.shape) not in (1, 2):
-        raise ValueError(f"{path}: shape {array.shape}; give rows of ids [N, T], or flat ids [M]")
-    if len(array.shape) == 2 and beside is not None:
+    def _look_for_separator(self) -> None:
+        """Refuses flat arrays none of which has it: their documents would run into one another."""
+        total = 0
+        for path, _ in self._files():
+            if path.suffix.lower() == ".parquet":
+                continue
+            array, _ = open_ids(path, self.cfg.field, None)
+            if len(array.shape) == 1:
+                total += array.shape[0]
+                if any(len(at) for _, at in self._separators(array)):
+                    self._separated = True
+                    return
         raise ValueError(
-            f"{path} is a matrix {array.shape}, whose rows are the documents: leave out "
-            "Tokens.offsets"
+            f"Tokens.separator = {self.cfg.separator} begins no document: it is 0 of {total} "
+            f"tokens of Tokens.source = {self.cfg.source!r}, which would run into one another; "
+            "give the id that begins each, or Tokens.offsets, or reshape the ids to [N, T]"
         )
-    return array, beside
-
-
-def _npy(path: pathlib.Path) -> _Array:
-    if not path.is_file():
-        raise FileNotFoundError(f"Tokens.offsets = {str(path)!r}: no such file")
-    try:
-        array = readers.open_npy(path)
-    except ValueError as error:
-        if "object" in str(error.__cause__).lower():
-            raise ValueError(
-                f"{path} holds objects (rows of different lengths?), not integers: give equal "
-                "rows, or a flat array with Tokens.offsets"
-            ) from error
-        raise
-    return _Array(array.shape, lambda start, stop: np.asarray(array[start:stop]))
-
-
-def _safetensors(path: pathlib.Path, name: str, setting: str) -> _Array:
-    import safetensors
-
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-        names = list(file.keys())
-        found = file.get_slice(name) if name in names else None
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
-    if found is None:
-        raise ValueError(f"{path} has no tensor {name!r} ({setting}); it has {', '.join(names)}")
-    kind = found.get_dtype()
-    if not kind.startswith(("I", "U")):
-        raise ValueError(f"{path}: tensor {name!r} is of dtype {kind}, not integers")
-    return _Array(tuple(found.get_shape()), lambda start, stop: found[start:stop])
-
-
-def _parquet_blocks(path: pathlib.Path, field: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for column in readers.parquet_column(path, field, "Tokens.field"):
-        if not hasattr(column, "flatten") or "list" not in str(column.type):
-            raise ValueError(
-                f"{path}: column {field!r} (Tokens.field) holds {column.type}, not lists of ids"
-            )
-        lengths = readers.extra("pyarrow.compute", str(path)).list_value_length(column)
-        lengths = lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-        yield column.flatten().to_numpy(zero_copy_only=False), lengths
-
-
-def _list_of_ids(row: Any, where: str) -> np.ndarray:
-    if row is None:
-        return np.zeros(0, np.int64)
-    try:
-        ids = np.asarray(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a list of ids: {error}") from error
-    if ids.ndim != 1:
-        raise ValueError(f"{where}: an array of shape {ids.shape}, not a list of ids")
-    return ids if len(ids) else ids.astype(np.int64)

@@ -253,6 +253,10 @@ def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
+class NoRowError(ValueError):
+    """No document is long enough for a row."""
+
+
 class _Packer:
     """Cuts one document after another; hands rows on in large parts."""
 
@@ -348,9 +352,14 @@ class _Packer:
         if self.parts:
             self.flush()
         if not self.rows:
-            raise ValueError(
-                f"context_length = {self.length}: none of the {len(self.names)} documents has that "
-                "many tokens; give more text or a shorter context"
+            none = f"none of the {len(self.names)} documents has that many tokens"
+            if self.min_tail < self.room:
+                raise NoRowError(
+                    f"min_tail = {self.min_tail}: {none}, the fewest that tails = 'pad' keeps; "
+                    "give longer documents, or a smaller min_tail"
+                )
+            raise NoRowError(
+                f"context_length = {self.length}: {none}; give more text or a shorter context"
             )
         shape = str((self.rows, self.length))
         self.digest.update("\0".join([self.tokenizer.fingerprint, shape, *self.names]).encode())

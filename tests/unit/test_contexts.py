@@ -142,6 +142,44 @@ def test_a_full_disk_is_told_with_the_setting(source, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("label", ["Text", "Tokens"])
+@pytest.mark.parametrize("where", ["file", "file/below", "locked"])
+def test_a_cache_that_cannot_be_is_told_with_the_setting(
+    source, tmp_path, monkeypatch, label, where
+):
+    (tmp_path / "file").write_text("no folder")
+    np.save(tmp_path / "a.npy", np.zeros((40, 16), int))
+    cache = str(tmp_path / where)
+    if where == "locked":  # for root no folder is
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    cfg = TextConfig(source=str(source), cache=cache)
+    if label == "Tokens":
+        cfg = TokensConfig(source=str(tmp_path / "a.npy"), cache=cache)
+    told = rf"{label}\.cache = '{cache}' is no folder that can be written \(.*\); give another, or"
+    with pytest.raises(OSError, match=told):
+        load_contexts(cfg, "train", TOKENIZER, 16)
+
+
+def test_of_documents_too_short_the_bound_is_told(source, tmp_path):
+    cfg = TextConfig(source=str(source), tails="pad", min_tail=900)
+    with pytest.raises(ValueError, match=r"min_tail = 900: none of the \d+ .*; give .* min_tail$"):
+        load_contexts(cfg, "train", TOKENIZER, 1000)
+    lone = tmp_path / "lone.txt"
+    lone.write_text("a line of this\n" * 60)
+    for fields, bound in (
+        ({}, "context_length = 100"),
+        ({"tails": "pad", "min_tail": 90}, "min_t"),
+    ):
+        cfg = TextConfig(source=str(lone), **fields)
+        told = rf"{bound}.*; Text\.source = '{lone}' is one file, cut into pieces"
+        with pytest.raises(ValueError, match=told):
+            load_contexts(cfg, "train", TOKENIZER, 100)
+
+
 def test_of_two_runs_the_later_takes_what_is_there(source, tmp_path, monkeypatch):
     cfg = TextConfig(source=str(source), cache=str(tmp_path / "cache"))
     publish = contexts._publish

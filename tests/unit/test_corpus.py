@@ -1,6 +1,8 @@
 """Documents: where they come from, how they are split, and how bad input is refused."""
 
+import gzip
 import json
+import os
 import re
 import sysconfig
 from itertools import chain
@@ -85,6 +87,61 @@ def test_a_folder_is_read_sorted_and_without_hidden_files(tmp_path):
         "c.jsonl:2": "line 1",
         "c.jsonl:3": "line 2",
     }
+
+
+def names_of(source):
+    return {d.name for d in read_documents(TextConfig(source=source, held_out_percent=0), "train")}
+
+
+def test_linked_folders_are_read_once_and_a_loop_ends(tmp_path):
+    source = tree(tmp_path / "s", {"sub/a.txt": "one", "sub/.hidden/b.txt": "two", "c.txt": "3"})
+    elsewhere = tree(
+        tmp_path / "x", {"deep/d.txt": "four", "e.txt": "five", "__pycache__/f.py": "6"}
+    )
+    links = {"a": "s/sub", "link": "x", "more": "x/deep", "seen": "s/sub/.hidden", "up": "s"}
+    for name, target in links.items():
+        (tmp_path / "s" / name).symlink_to(tmp_path / target, target_is_directory=True)
+    (tmp_path / "x" / "back").symlink_to("../s")
+    names = {"c.txt", "sub/a.txt", "link/deep/d.txt", "link/e.txt", "seen/b.txt"}
+    assert names_of(source) == names
+    (tmp_path / "entry").symlink_to(source)
+    assert names_of(str(tmp_path / "entry")) == names
+    assert names_of(elsewhere) == {
+        *("deep/d.txt", "e.txt", "back/c.txt", "back/sub/a.txt", "back/seen/b.txt")
+    }
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    source = tree(tmp_path / "s", {"b.txt": "text"})
+    (tmp_path / "s" / "other.bin").symlink_to("gone")  # would not be read
+    assert names_of(source) == {"b.txt"}
+    (tmp_path / "s" / name).symlink_to("gone")
+    told = (
+        rf"Text\.source = '{source}': the link '{source}/{name}' leads to 'gone', .*; mend or rem"
+    )
+    with pytest.raises(FileNotFoundError, match=told):
+        names_of(source)
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path):
+    source = tree(tmp_path, {"b.txt": "text"})
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    except OSError:
+        pytest.skip("this file system has names of UTF-8 only")
+    told = r"Text\.source = .*: the name 'caf\\udce9\.txt' of a file in it is not UTF-8; rename"
+    with pytest.raises(ValueError, match=told):
+        names_of(source)
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    line = json.dumps({"text": "line"}).encode()
+    packed = gzip.compress(line + b"\n" + line)
+    source = tree(tmp_path, {"UP.TXT": "one", "L.Jsonl": line, "Z.JSONL.GZ": packed})
+    names = {"UP.TXT", "L.Jsonl:1", "Z.JSONL.GZ:1", "Z.JSONL.GZ:2"}
+    assert names_of(source) == names
+    assert names_of(f"{source}/Z.JSONL.GZ") == {"Z.JSONL.GZ:1", "Z.JSONL.GZ:2"}
 
 
 @pytest.mark.parametrize("percent", [0.001, 50, 99.9])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from saejax.data.foreign import torch_files
+from saejax.data.foreign import lists, torch_files
 from saejax.data.foreign.formats import detect, open_foreign, state_of
 from saejax.data.foreign.interface import Wanted, codes_of_kept
 from saejax.data.foreign.reading import Reader
@@ -145,6 +145,50 @@ def test_safetensors_by_name_with_their_tokens(tmp_path):
         opened(tmp_path, field="input_ids")
 
 
+def test_types_that_are_not_supported_are_told(tmp_path):
+    path, values = tmp_path / "x.safetensors", bytes(2 * D)
+    header = {"h": {"dtype": "F8_E4M3", "shape": [2, D], "data_offsets": [0, 2 * D]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + values)
+    told = r"holds h F8_E4M3\[2, 8\]; none of them can be activations: give float16, bfloat16, "
+    with pytest.raises(ValueError, match=told):
+        opened(path)
+    with pytest.raises(ValueError, match=r"'h' is of type F8_E4M3: activations must be float16, "):
+        opened(path, field="h")
+    with pytest.raises(ValueError, match=r"has no 'x' \(--field\); it has h F8_E4M3"):
+        opened(path, field="x")
+    header["tokens"], header["h"] = header["h"], {
+        "dtype": "F16", "shape": [1, D], "data_offsets": [0, 2 * D],
+    }  # fmt: skip
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + values)
+    with pytest.raises(ValueError, match="'tokens' is of type F8_E4M3: token ids must be integers"):
+        opened(path)
+    path.rename(tmp_path / "chunk-0.safetensors")
+    header = {
+        name.replace("h", "activation").replace("tokens", "mask"): e for name, e in header.items()
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "chunk-0.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + values)
+    with pytest.raises(ValueError, match="'mask' is of type F8_E4M3: give BOOL"):
+        opened(tmp_path, format="llamascopium")
+
+
+def test_a_link_to_nothing_is_not_passed_over(tmp_path):
+    np.save(tmp_path / "0.npy", acts(2))
+    (tmp_path / "1.npy").symlink_to(tmp_path / "away.npy")
+    with pytest.raises(
+        FileNotFoundError, match=r"1\.npy is a link to .*away\.npy, which is missing"
+    ):
+        opened(tmp_path)
+    (tmp_path / "chunk-1.txt").symlink_to("nowhere")  # of no format
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other/away.npy", acts(3))
+    (tmp_path / "1.npy").unlink()
+    (tmp_path / "1.npy").symlink_to("other/away.npy")
+    check(tmp_path, np.concatenate([acts(2), acts(3)]))
+
+
 def test_which_tensor_is_meant_must_be_clear(tmp_path):
     safetensors.numpy.save_file({"a": acts(2), "b": acts(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"a float32\[2, 5, 8\], b .*more than one.*--field"):
@@ -208,6 +252,42 @@ def test_a_tensor_cannot_reach_beyond_its_file(tmp_path):
             archive.writestr(name, content)
     with pytest.raises(ValueError, match="reaches beyond its 80 stored values"):
         opened(tmp_path)
+
+
+def with_metadata(path, metadata):
+    """Rewrites the first tensor of a file as torch writes one with a negative bit."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    hooks = b"ccollections\nOrderedDict\n)R"
+    parts["a/data.pkl"] = parts["a/data.pkl"].replace(hooks, hooks + metadata, 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def test_a_tensor_that_is_stored_negated_is_refused(tmp_path):
+    path, x = tmp_path / "x.pt", acts(6)
+    for content, name in (({"n": 1, "h": x}, "tensor 'h'"), (x, "a tensor")):
+        torch_save(path, content)
+        with_metadata(path, b"}X\x03\0\0\0neg\x88s")
+        message = rf"x\.pt: {name} is stored with \{{'neg': True\}}.*save tensor\.resolve_neg"
+        with pytest.raises(ValueError, match=message) as caught:
+            opened(path)
+        assert "pickled objects" not in str(caught.value)
+        torch_save(path, content)
+        with_metadata(path, b"}")
+        check(path, x)
+
+
+def test_a_tensor_that_torch_stores_negated_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    negated = torch.randn(6, T, D, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    torch.save({"h": negated}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: tensor 'h' is stored with"):
+        opened(tmp_path)
+    torch.save({"h": negated.resolve_neg().contiguous()}, tmp_path / "x.pt")
+    check(tmp_path, negated.numpy(force=True))
 
 
 def activault(folder, x, tokens, told=None):
@@ -341,6 +421,53 @@ def test_parquet(tmp_path, fixed, dtype):
     (tmp_path / "x.parquet").write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=r"x\.parquet is not a sound parquet file"):
         opened(tmp_path / "x.parquet")
+
+
+def test_parquet_heeds_no_other_columns(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    x, path = acts(9), tmp_path / "x.parquet"
+    others = {
+        "score": pa.array([None] + [1.0] * 8),
+        "spans": [[[1, 2], [3]]] * 9,
+        "point": [{"a": 1.0}] * 9,
+        "when": pa.array([1] * 9, pa.duration("s")),
+    }
+    for name, column in others.items():
+        pq.write_table(pa.table({"h": x.tolist(), name: column}), path)
+        check(path, x.astype(np.float64))
+        check(path, x.astype(np.float64), field="h")
+    zeros = pa.array([0] * 9, pa.int8()), pa.array(range(9), pa.int32())
+    others["union"] = pa.UnionArray.from_dense(*zeros, [pa.array([1.0] * 9)])  # in Arrow alone
+    found = {name: pa.array(column)[:1] for name, column in {"h": x.tolist(), **others}.items()}
+    assert lists.names_of(found, Wanted(), path) == ("h", None)
+    for name, message in [
+        ("score", "'score' holds 1 empty cells"),
+        ("spans", "'spans' holds lists of different lengths"),
+        ("point", r"'point' is of type struct<a: double>: activations must be float16"),
+        ("union", r"'union' is of type dense_union<0: double=0>: activations must be"),
+        ("x", r"has no 'x' \(--field\); it has h list.* point struct<a: double>\[1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lists.names_of(found, Wanted(field=name), path)
+    pq.write_table(pa.table({name: others[name] for name in ("point", "spans")}), path)
+    with pytest.raises(ValueError, match=r"holds point struct<a: double>\[1\], spans .*; none .*"
+                       r"give float16, .*; .*'spans' holds lists of different"):  # fmt: skip
+        opened(path)
+    pq.write_table(pa.table({"h": x.tolist(), "point": others["point"]}), path)
+    with pytest.raises(ValueError, match="'point', first row, is of type object: token ids must"):
+        opened(path, tokens="point")
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    columns = [acts(3).tolist()] * 2
+    pq.write_table(
+        pa.Table.from_arrays(list(map(pa.array, columns)), ["h", "h"]), tmp_path / "x.parquet"
+    )
+    with pytest.raises(ValueError, match=r"x\.parquet has more than one column 'h'; rename"):
+        opened(tmp_path)
 
 
 def test_saelens_by_hand(tmp_path):

@@ -23,6 +23,7 @@ from saejax.data.corpus import TextConfig, read_documents
 from saejax.data.layout import MASKED
 from saejax.data.loader import Loader
 from saejax.data.shards import open_store
+from saejax.data.storage import plan_shards
 from saejax.data.token_arrays import TokensConfig
 from saejax.data.tokens import pack
 from saejax.harvest_run import HarvestRun
@@ -33,7 +34,6 @@ from saejax.subjects.harvest import (
     check_free_space,
     harvest,
     missing_at,
-    plan_shards,
 )
 from saejax.subjects.hf import load_subject
 from saejax.subjects.request import open_subject

@@ -53,6 +53,23 @@ def test_reading_text_keeps_the_watchdog_quiet(cfg, tmp_path, monkeypatch, caplo
         assert len(told) == 18 and set(told) <= set(beats)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("ftp://x/y", r"= 'ftp://x/y': scheme 'ftp' .* local path or file://, gs:// or s3://"),
+        ("{}/file/below/it", r"= '.*/file/below/it': .*/file is not a folder; give another path"),
+        ("file://{}/file", r"= 'file://.*/file': .*/file is not a folder"),
+    ],
+)
+def test_a_place_where_no_store_can_be_is_refused_by_its_setting(cfg, tmp_path, path, message):
+    (tmp_path / "file").write_text("")
+    harvest = HarvestRun(data=cfg, path=path.format(tmp_path))
+    for work in (lambda: run(harvest, tmp_path / "run"), harvest.plan):
+        with pytest.raises(ValueError, match=r"^HarvestRun\.path " + message):
+            work()
+    assert not (tmp_path / "run").exists()
+
+
 def test_stores_go_where_they_are_told_to(cfg, tmp_path):
     run(HarvestRun(data=cfg, path=str(tmp_path / "elsewhere")), tmp_path / "run")
     assert open_store(tmp_path / "elsewhere/train").n_rows > 0

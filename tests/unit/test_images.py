@@ -244,6 +244,19 @@ def test_where_there_are_no_images(arrays, cfg, tmp_path):
     refused(changed(cfg, held_out_percent=0.0), tmp_path, "leaves the held_out split empty")
 
 
+def test_linked_folders_are_read(arrays, cfg, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "more").symlink_to(arrays[0] / "deep")
+    (tmp_path / "linked" / "up").symlink_to(tmp_path / "linked")
+    linked = Images(changed(cfg, source=str(tmp_path / "linked")).text, Tower())
+    assert {linked.name(i).partition("#")[0] for i in range(linked.vocab_size)} == {"more/b.npy"}
+    (tmp_path / "linked" / "gone.PNG").symlink_to("nowhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"Images\.source = .*gone\.PNG' leads to 'nowhere'"
+    ):
+        Images(changed(cfg, source=str(tmp_path / "linked")).text, Tower())
+
+
 def test_names_end_in_any_case(arrays, cfg, tmp_path):
     for before, name in (("m.npy", "m.Npy"), ("z.npy", "z.NPY")):
         (arrays[0] / before).rename(arrays[0] / name)

@@ -117,6 +117,12 @@ def test_another_field_and_the_fields_that_there_are(tmp_path):
         everything(tmp_path / "a.jsonl")
 
 
+def test_json_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines() + "[" * 200_000 + "]" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 31 is too deeply nested .*; mend or rem"):
+        everything(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("cut", [0.3, 0.9])
 def test_a_truncated_gz_is_named(tmp_path, cut):
     raw = gzip.compress(lines().encode())
@@ -200,6 +206,17 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.parquet is no sound parquet file"):
         everything(path)
+
+
+def test_a_category_of_strings_is_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    path, index = tmp_path / "a.PARQUET", pyarrow.array([0, 1, None, 0, 1] * 3, pyarrow.int8())
+    strings = pyarrow.DictionaryArray.from_arrays(index, TEXTS[:2])
+    raw = pyarrow.DictionaryArray.from_arrays(index, [b"3", b"4"])
+    write_table(path, text=strings, raw=raw)
+    assert list(everything(path).values()).count(TEXTS[0]) == 6 and len(everything(path)) == 12
+    with pytest.raises(ValueError, match=r"column 'raw' .* holds dictionary<.*binary.*, not str"):
+        everything(path, field="raw")
 
 
 @pytest.fixture

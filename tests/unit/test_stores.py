@@ -386,6 +386,8 @@ def test_special_tokens_of_the_subject_are_not_stored(contexts, tmp_path, monkey
         ({"held_out_percent": 0}, "above 0 and below 100; --split=train holds nothing out"),
         ({"max_norm_ratio": 0.5}, "must be above 1, or 0 for none"),
         ({"first_position": 6}, "first_position = 6"),
+        ({"seed": -1}, r"import seed = -1: must be in \[0, 2\*\*63\)"),
+        ({"seed": 2**63}, r"import seed = 9223372036854775808: must be in"),
         ({"field": "x"}, r"has no 'x' \(--field\)"),
     ],
 )
@@ -417,14 +419,56 @@ def test_files_that_disagree_or_are_not_sound(tmp_path):
         ValueError, match=r"1\.npy: 1 activations hold NaN .* context 7, position 2"
     ):
         imported(tmp_path, tmp_path / "s")
-    with pytest.raises(FileNotFoundError, match="unfinished"):
-        _ = open_store(tmp_path / "s" / "train").manifest
+    assert not (tmp_path / "s").exists()
     np.save(tmp_path / "1.npy", bad[:1])
     (tmp_path / "0.npy").unlink()
     with pytest.raises(ValueError, match="has one context, too few for two splits"):
         imported(tmp_path, tmp_path / "t")
     with pytest.raises(ValueError, match="has no token ids, so none can be left out"):
         imported(tmp_path, tmp_path / "t", bos=3)
+
+
+def test_what_a_refused_import_leaves(tmp_path):
+    source, root = tmp_path / "x.npy", tmp_path / "s"
+    named = {"contexts_per_shard": 10, "memory": 1}  # a shard a pass
+    x = matrix(40, shape=(T, D))
+    x[:, 2] = np.nan
+    np.save(source, x)
+    with pytest.raises(ValueError, match=r"hold NaN.*make them again$"):
+        imported(source, root, **named)
+    assert not root.exists()
+    root.mkdir()
+    (root / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="hold NaN"):
+        imported(source, root, **named)
+    assert files(root) == ["mine.txt"]
+    held_out = np.unique(
+        imported(source, root, **named, first_position=3)["held_out"].read_contexts(0)[:, 0]
+    )
+    shutil.rmtree(root)
+    x = matrix(40, shape=(T, D))
+    x[held_out[0], 2] = np.nan
+    np.save(source, x)
+    message = rf"hold NaN.*; before .* imported, delete what was begun: {root}/train$"
+    with pytest.raises(ValueError, match=message):
+        imported(source, root, **named)
+    assert len(open_store(root / "train").manifest["chunks"]) == 3
+    assert not (root / "held_out").exists()
+    np.save(source, matrix(40, shape=(T, D)))
+    with pytest.raises(ValueError, match="another spec"):
+        imported(source, root, **named)
+    shutil.rmtree(root / "train")
+    imported(source, root, **named)["held_out"].verify()
+
+
+def test_places_where_no_store_can_be(contexts, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place, message in [
+        ("ftp://x/y", "import store = 'ftp://x/y': scheme 'ftp' is not supported; give a local"),
+        (tmp_path / "file/below", r"import store = '.*/file/below': .*/file is not a folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            imported(contexts[0], place)
 
 
 def test_the_commands(contexts, tmp_path, capsys):

@@ -54,6 +54,52 @@ def test_flat_ids_are_cut_at_offsets_or_at_a_separator(tmp_path, monkeypatch, bl
         assert documents(tmp_path / "both", field="ids", offsets="starts") == parts
 
 
+def test_a_separator_that_begins_no_document_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_arrays, "_BLOCK_TOKENS", 30)
+    with pytest.raises(
+        ValueError, match=r"Tokens\.separator = 257 is outside .* \(0 \.\. 256\); g"
+    ):
+        documents(tmp_path, separator=257)
+    np.save(tmp_path / "a.npy", ROWS.reshape(-1))
+    save_file({"input_ids": ROWS[:1].reshape(-1)}, tmp_path / "b.safetensors")
+    told = rf"Tokens\.separator = 256 .* 0 of 656 tokens of Tokens\.source = '{tmp_path}'.*; give"
+    for take in ({}, {"take": "first", "max_documents": 1}):
+        with pytest.raises(ValueError, match=told):
+            documents(tmp_path, separator=256, **take)
+    np.save(tmp_path / "c.npy", [256, 1, 256, 2])  # the other files are a document each
+    cfg = TokensConfig(source=str(tmp_path), separator=256, held_out_percent=0)
+    found = {d.name: len(d.ids) for d in TokenDocuments(cfg, "train", TOKENIZER)}
+    assert found == {"a.npy:0": 640, "b.safetensors:0": 16, "c.npy:0": 2, "c.npy:1": 2}
+    np.save(tmp_path / "d.npy", ROWS)
+    assert documents(tmp_path / "d.npy", separator=256) == ROWS.tolist()  # rows need none
+
+
+def test_offsets_inside_the_source_are_no_ids(tmp_path, monkeypatch):
+    (tmp_path / "ids").mkdir()
+    np.save(tmp_path / "ids" / "a.npy", ROWS.reshape(-1))
+    np.save(tmp_path / "ids" / "starts.npy", np.arange(40) * 16)
+    monkeypatch.chdir(tmp_path)
+    for source, offsets in (
+        ("ids", tmp_path / "ids/starts.npy"),
+        (tmp_path / "ids", "ids/starts.npy"),
+    ):
+        assert documents(source, offsets=str(offsets)) == ROWS.tolist()
+
+
+def test_endings_in_capitals_and_linked_folders_are_read(tmp_path):
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "ids" / "a.npy", ROWS[:20])
+    (tmp_path / "ids" / "a.npy").rename(tmp_path / "ids" / "A.NPY")
+    save_file({"input_ids": ROWS[20:]}, tmp_path / "more" / "b.Safetensors")
+    (tmp_path / "ids" / "link").symlink_to(tmp_path / "more")
+    cfg = TokensConfig(source=str(tmp_path / "ids"), held_out_percent=0)
+    found = list(TokenDocuments(cfg, "train", TOKENIZER))
+    assert [d.ids.tolist() for d in found] == ROWS.tolist()
+    assert {d.name.split(":")[0] for d in found} == {"A.NPY", "link/b.Safetensors"}
+    assert documents(tmp_path / "ids" / "A.NPY") == ROWS[:20].tolist()
+
+
 def test_contexts_of_arrays(tmp_path):
     np.save(tmp_path / "a.npy", ROWS)
     cfg = TokensConfig(source=str(tmp_path / "a.npy"), tails="pad", min_tail=2)
@@ -85,7 +131,8 @@ def test_padding_outside_the_vocabulary_is_cut_off(tmp_path, pad):
     rows[1, 10:] = pad
     np.save(tmp_path / "a.npy", rows)
     assert [len(x) for x in documents(tmp_path / "a.npy", pad_id=pad)][:2] == [16, 10]
-    with pytest.raises(ValueError, match=rf"id {pad} \(token 26\) is outside"):
+    told = rf"a.npy, row 1, token 10: id {pad} is outside .* or set Tokens.pad_id = {pad} if it fi"
+    with pytest.raises(ValueError, match=told):
         documents(tmp_path / "a.npy")
     rows[0, 0] = pad  # on the left it cannot be cut off
     np.save(tmp_path / "a.npy", rows)
@@ -93,8 +140,10 @@ def test_padding_outside_the_vocabulary_is_cut_off(tmp_path, pad):
         documents(tmp_path / "a.npy", pad_id=pad)
     rows[0, 0] = -7
     np.save(tmp_path / "a.npy", rows)
-    with pytest.raises(ValueError, match=r"id -7 \(token 0\) is outside"):
+    with pytest.raises(ValueError, match=r"row 0, token 0: id -7 is outside .*own tokenizer$"):
         documents(tmp_path / "a.npy", pad_id=pad)
+    with pytest.raises(ValueError, match=r"row 0, token 0: id -7 is outside .*own tokenizer$"):
+        documents(tmp_path / "a.npy")  # two of them: it is no padding
 
 
 def test_limits_count_tokens(tmp_path):
@@ -107,8 +156,8 @@ def test_limits_count_tokens(tmp_path):
 
 
 BAD = {
-    "negative": (np.array([[1, 2], [3, -100]]), "from document 0: id -100 (token 3) is outside"),
-    "overflow": (np.array([[1, 257]]), "id 257 (token 1) is outside the tokenizer's vocabulary"),
+    "negative": (np.array([[1, 2], [3, -100]]), "row 1, token 1: id -100 is outside"),
+    "overflow": (np.array([[1, 257]]), "token 1: id 257 is outside the tokenizer's vocabulary"),
     "floats": (np.array([[1.0, 2.0]]), "ids of dtype float64, not integers"),
     "flat": (np.arange(9), "is a flat array of 9 ids: say where"),
     "scalar": (np.array(3), "shape (); give rows of ids [N, T]"),
@@ -221,6 +270,21 @@ def test_lists_in_parquet(tmp_path):
     assert documents(tmp_path / "a.parquet", field="fixed") == ROWS.tolist()
     with pytest.raises(ValueError, match=r"column 'n' .* holds int64, not lists of ids"):
         documents(tmp_path / "a.parquet", field="n")
+
+
+def test_nulls_among_ids_are_named(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    lists = [[1, 2], None, [3], *([[4, 5]] * 300), [6, None]]
+    parquet.write_table(pyarrow.table({"input_ids": lists}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"a\.parquet, row 303: column 'input_ids' .* holds a null"
+    ):
+        documents(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"input_ids": lists[:-1]}), tmp_path / "a.parquet")
+    assert documents(tmp_path / "a.parquet") == [x for x in lists[:-1] if x]
+    with pytest.raises(ValueError, match="a:0 holds a null among its ids; give integers only"):
+        token_arrays.list_of_ids([6, None], "a:0")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -63,7 +63,7 @@ class _Files:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, and {INDEX} lists it")
             found = self.open(i)
-            missing = [name for name in columns if name not in found]
+            missing = [name for name in columns if not isinstance(found.get(name), np.ndarray)]
             if missing:
                 raise ValueError(f"{path} has no tensor {missing[0]!r}")
             if any(len(found[name]) != self.counts[i] for name in columns):

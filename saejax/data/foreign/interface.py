@@ -19,6 +19,7 @@ from saejax.data.layout import MASKED
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+_FLOATS_TOLD = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
 TOKENS = ("tokens", "input_ids", "token_ids")
 PIECE = 32 << 20  # bytes of contexts handed over at once
 _BOS, _SPECIAL, _PADDING = (MASKED.index(reason) for reason in ("bos", "special", "padding"))
@@ -35,6 +36,14 @@ class Wanted:
 
     field: str | None = None
     tokens: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unread:
+    """A tensor of a type that is not supported; it stands for it in messages."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +107,18 @@ class Foreign:
 
 
 def files_in(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
-    """Files of a folder that match, with numbers in names in the order of numbers."""
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(found, key=lambda file: _natural(file.name))
+    """Files of a folder that match, with numbers in names in the order of numbers.
+
+    Raises:
+      FileNotFoundError: one is a link to nothing; without it the source would not be whole.
+    """
+    found = {file for pattern in patterns for file in folder.glob(pattern)}
+    for file in sorted(found):
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(
+                f"{file} is a link to {file.readlink()}, which is missing; mend or remove the link"
+            )
+    return sorted(filter(pathlib.Path.is_file, found), key=lambda file: _natural(file.name))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -118,17 +136,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+def _name_of(dtype: Any) -> str:
+    return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+
+
 def float_type(dtype: Any, where: str) -> str:
-    """Name of the type of activations.
+    """Name of the type of activations; `dtype` is of numpy, or text where it is not supported.
 
     Raises:
       ValueError: not one of `FLOATS`.
     """
-    name = np.dtype(dtype).name
-    if name not in FLOATS:
+    name = _name_of(dtype)
+    if isinstance(dtype, str) or name not in FLOATS:
         raise ValueError(
-            f"{where} is of type {name}: activations must be {', '.join(FLOATS[:-1])} or "
-            f"{FLOATS[-1]}; name the tensor that holds them (--field), or convert it"
+            f"{where} is of type {name}: activations must be {_FLOATS_TOLD}; name the tensor that "
+            "holds them (--field), or convert it"
         )
     return name
 
@@ -152,26 +174,34 @@ def choose(kinds: Mapping[str, tuple[Any, Sequence[int]]], field: str | None, pa
     """The tensor that holds the activations.
 
     Args:
-      kinds: type and shape of each tensor by name.
+      kinds: type and shape of each tensor by name; a type that is not supported is text.
       field: the one asked for; None takes the only tensor of floats with two or three axes.
       path: of the file, for messages.
 
     Raises:
-      ValueError: no such tensor, or it is not clear which.
+      ValueError: no such tensor, one of a type that is not supported, or it is not clear which.
     """
-    told = ", ".join(f"{n} {np.dtype(d).name}{list(s)}" for n, (d, s) in kinds.items()) or "nothing"
+    told = ", ".join(f"{n} {_name_of(d)}{list(s)}" for n, (d, s) in kinds.items()) or "nothing"
     if field is not None:
         if field not in kinds:
             raise ValueError(f"{path} has no {field!r} (--field); it has {told}")
+        if isinstance(kinds[field][0], str):  # raises
+            float_type(kinds[field][0], f"{path}: {field!r}")
         return field
     fit = [
         name
         for name, (dtype, shape) in kinds.items()
-        if np.dtype(dtype).name in FLOATS and len(shape) in (2, 3)
+        if not isinstance(dtype, str) and dtype.name in FLOATS and len(shape) in (2, 3)
     ]
-    if len(fit) != 1:
-        which = "none of them" if not fit else "more than one of them"
-        raise ValueError(f"{path} holds {told}; {which} can be activations: name one with --field")
+    if not fit:
+        raise ValueError(
+            f"{path} holds {told}; none of them can be activations: give {_FLOATS_TOLD}, as rows "
+            "[N, D] or contexts [N, T, D]"
+        )
+    if len(fit) > 1:
+        raise ValueError(
+            f"{path} holds {told}; more than one of them can be activations: name one with --field"
+        )
     return fit[0]
 
 
@@ -185,7 +215,7 @@ def choose_tokens(names: Iterable[str], wanted: str | None, path: Any) -> str | 
     return next((name for name in TOKENS if name in names), None)
 
 
-Opener = Callable[[pathlib.Path], Mapping[str, np.ndarray]]
+Opener = Callable[[pathlib.Path], Mapping[str, np.ndarray | Unread]]
 Masker = Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
@@ -246,8 +276,8 @@ def part_of_tensors(
 
 def check_tokens(tokens: Any, shape: tuple[int, int, int], where: str) -> None:
     """ValueError unless there is one integer for each activation."""
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{where} is of type {tokens.dtype.name}: token ids must be integers")
+    if isinstance(tokens, Unread) or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{where} is of type {_name_of(tokens.dtype)}: token ids must be integers")
     fit = [(shape[0], shape[1])] + ([(shape[0],)] if shape[1] == 1 else [])
     if tuple(tokens.shape) not in fit:
         raise ValueError(

@@ -39,6 +39,15 @@ def array_of(column: Any, where: str) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False).reshape(shape)
 
 
+def columns_of(batch: Any, path: pathlib.Path) -> dict[str, Any]:
+    """The columns of a record batch by name; ValueError when two have the same."""
+    names = batch.schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path} has more than one column {twice[0]!r}; rename or remove one")
+    return dict(zip(names, batch.columns, strict=True))
+
+
 def pick(
     batches: Iterator[tuple[int, Mapping[str, Any]]], rows: np.ndarray, path: pathlib.Path
 ) -> Iterator[tuple[np.ndarray, ...]]:
@@ -69,13 +78,29 @@ def names_of(head: Mapping[str, Any], wanted: Wanted, path: Any) -> tuple[str, s
       wanted: what the user names.
       path: for messages.
     """
-    kinds = {}
+    asked = (wanted.field, wanted.tokens)
+    kinds, numbers, unread = {}, [], []
     for name, column in head.items():
         column = getattr(column, "storage", column)
+        kinds[name] = (str(column.type), (1,))  # what is told of a column that is not looked into
         numeric = any(word in str(column.type) for word in ("float", "double", "int"))
         nested = any(word in str(column.type) for word in ("struct", "map", "dictionary"))
-        if numeric and not nested:
+        if not numeric or nested:
+            continue
+        numbers.append(name)
+        if wanted.field is not None and name not in asked:
+            continue
+        try:
             array = array_of(column, f"{path}: {name!r}")
             kinds[name] = (array.dtype, array.shape)
-    field = choose(kinds, wanted.field, path)
-    return field, choose_tokens(kinds, wanted.tokens, path)
+        except ValueError as error:
+            if name in asked:
+                raise
+            unread.append(str(error))
+        except NotImplementedError:  # of a type that numpy lacks
+            pass
+    try:
+        field = choose(kinds, wanted.field, path)
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *unread])) from error
+    return field, choose_tokens(numbers if wanted.tokens is None else kinds, wanted.tokens, path)

@@ -14,6 +14,7 @@ import numpy as np
 from saejax.data.foreign import tensors, torch_files
 from saejax.data.foreign.interface import (
     Foreign,
+    Unread,
     Wanted,
     codes_of_kept,
     files_in,
@@ -37,6 +38,8 @@ def read(path: pathlib.Path, wanted: Wanted) -> Foreign:
         opener = tensors.open_tensors if file.suffix == ".safetensors" else torch_files.open_tensors
         part = part_of_tensors(file, opener, wanted, masker=_masked)
         for name, array in opener(file).items():
+            if name in _MASKS and isinstance(array, Unread):
+                raise ValueError(f"{file}: {name!r} is of type {array.dtype}: give BOOL or I32")
             if name in _MASKS and array.shape != part.shape[:2]:
                 raise ValueError(
                     f"{file}: {name!r} has shape {array.shape}, the activations {part.shape}"
@@ -46,7 +49,11 @@ def read(path: pathlib.Path, wanted: Wanted) -> Foreign:
 
 
 def _chunks(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = [file for file in files_in(folder, "*chunk-*") if _NAME.fullmatch(file.name)]
+    found = [
+        file
+        for file in files_in(folder, "*chunk-*.safetensors", "*chunk-*.pt")
+        if _NAME.fullmatch(file.name)
+    ]
     return sorted(found, key=lambda file: _order(file.name))
 
 

@@ -38,7 +38,7 @@ def _part(path: pathlib.Path, wanted: Wanted) -> Part:
     if not count:
         raise ValueError(f"{path} is empty; remove it")
     head = next(table.iter_batches(batch_size=1))
-    columns = dict(zip(head.schema.names, head.columns, strict=True))
+    columns = lists.columns_of(head, path)
     field, tokens = lists.names_of(columns, wanted, path)
     first = lists.array_of(columns[field], f"{path}: {field!r}")
     shape = as_contexts((count, *first.shape[1:]), f"{path}: {field!r}")

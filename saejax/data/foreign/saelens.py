@@ -94,7 +94,8 @@ def _batches(
     try:
         with arrow.memory_map(str(path)) as file, arrow.ipc.open_stream(file) as stream:
             for batch in stream:
-                yield first, {n: batch.column(n) for n in names or batch.schema.names}
+                columns = lists.columns_of(batch, path)
+                yield first, {n: columns[n] for n in names or columns}
                 first += len(batch)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is truncated, or no Arrow stream: {error}") from error

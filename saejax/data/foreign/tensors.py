@@ -8,7 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from saejax.data.foreign.interface import Foreign, Wanted, bytes_of, files_in, part_of_tensors
+from saejax.data.foreign.interface import (
+    Foreign,
+    Unread,
+    Wanted,
+    bytes_of,
+    files_in,
+    part_of_tensors,
+)
 
 TYPES = {
     "F64": np.dtype("<f8"),
@@ -41,8 +48,8 @@ def read(path: pathlib.Path, wanted: Wanted) -> Foreign:
     return Foreign(parts=tuple(part_of_tensors(file, open_tensors, wanted) for file in files))
 
 
-def open_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
-    """The tensors of a file by name, mapped; those of types that numpy lacks are left out.
+def open_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray | Unread]:
+    """The tensors of a file by name, mapped; `Unread` where the type is none of `TYPES`.
 
     Raises:
       ValueError: the file is truncated, or its header is not sound.
@@ -56,8 +63,9 @@ def open_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
         header.pop(_METADATA, None)
         return {
             name: _tensor(data[8 + length :], entry)
-            for name, entry in header.items()
             if entry["dtype"] in TYPES
+            else Unread(dtype=str(entry["dtype"]), shape=tuple(entry["shape"]))
+            for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a sound safetensors file: {error}") from error

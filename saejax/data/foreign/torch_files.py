@@ -46,6 +46,10 @@ class UnsafeError(ValueError):
     """A file wants more than tensors in plain containers."""
 
 
+class _LazyError(ValueError):
+    """A tensor's values are not what is stored, but its negative or conjugate."""
+
+
 def matches(path: pathlib.Path) -> bool:
     """A .pt file, or a folder with some."""
     return path.suffix == ".pt" if path.is_file() else bool(files_in(path, "*.pt"))
@@ -103,6 +107,8 @@ def load(path: pathlib.Path) -> Any:
 
     try:
         return _Reader(storage).run(code)
+    except _LazyError as error:
+        raise ValueError(f"{path}: {error}") from error
     except UnsafeError as error:
         raise UnsafeError(
             f"{path}: {error}; only tensors in plain dicts and lists are read, because pickled "
@@ -140,8 +146,10 @@ class _Reader:
         try:
             for opcode, argument, _ in pickletools.genops(code):
                 self._step(opcode.name, argument)
+        except (UnsafeError, _LazyError):
+            raise
         except ValueError as error:
-            raise error if isinstance(error, UnsafeError) else UnsafeError(str(error)) from error
+            raise UnsafeError(str(error)) from error
         return self._stack[-1]
 
     def _step(self, name: str, argument: Any) -> None:
@@ -223,8 +231,18 @@ class _Reader:
             return arguments[0]
         if what == _TENSOR:
             flat, offset, shape, strides = arguments[:4]
+            if len(arguments) > 6 and arguments[6]:  # a view's negative or conjugate bit
+                raise _LazyError(
+                    f"{self._next_name()} is stored with {arguments[6]}, so its values are not "
+                    "those in the file; save tensor.resolve_neg().resolve_conj()"
+                )
             return _strided(flat, offset, shape, strides)
         raise UnsafeError(f"it calls {what}")
+
+    def _next_name(self) -> str:
+        """The tensor that is being built, as messages call it: by its key, which lies below."""
+        below = [x for x in self._stack if x is not _MARK and not isinstance(x, _Name)]
+        return f"tensor {below[-1]!r}" if below and isinstance(below[-1], str) else "a tensor"
 
 
 class _Name(str):
