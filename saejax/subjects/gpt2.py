@@ -81,10 +81,11 @@ def from_hf(tensors: Mapping[str, np.ndarray], cfg: GPT2Config) -> Params:
     """Parameters (float32 numpy) from the tensors of a transformers GPT-2.
 
     Names may carry the `transformer.` prefix or not. Buffers of old files (`attn.bias`,
-    `attn.masked_bias`) and the tied copy `lm_head.weight` are ignored.
+    `attn.masked_bias`) are ignored, and so is `lm_head.weight`, a copy, of a tied model.
 
     Raises:
-      ValueError: tensors are missing, unknown, or of the wrong shape; all are named.
+      ValueError: tensors are missing, unknown, or of the wrong shape; all are named. Or a tied head
+        is no copy.
     """
     return layout.from_tensors(GPT2, cfg.decoder, tensors)
 

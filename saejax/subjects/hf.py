@@ -71,7 +71,7 @@ def load_subject(
 
     Raises:
       FileNotFoundError: no such folder, file or repository.
-      PermissionError: the repository is gated.
+      PermissionError: the repository is gated, or a file may not be read.
       ValueError: the architecture, the tensors or the tokenizer are not supported.
     """
     if path_or_name.startswith(TORCH):
@@ -189,7 +189,7 @@ def _read_config(folder: pathlib.Path, name: str) -> tuple[str, Family, GPT2Conf
     raw = weights.read_json(folder / "config.json")
     kind = raw.get("model_type")
     known = families()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"subject {name!r}: model_type = {kind!r} in {folder / 'config.json'} is not "
             f"supported; supported families: {', '.join(known)}. Any other model of transformers "

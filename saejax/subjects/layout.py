@@ -19,6 +19,8 @@ from saejax.subjects.decoder import Config, Params, leaf_shapes
 Path = tuple[str | int, ...]
 Take = slice | np.ndarray
 _SHOWN = 8
+HEADS = ("lm_head.weight", "embed_out.weight")  # copies of the embedding, where it is tied
+_ROWS = 1024  # of an embedding, compared at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,30 +120,36 @@ def check_tensors(
 ) -> dict[str, str]:
     """Refuses tensors that are not exactly those of the model.
 
+    A tied model may have a copy of its embedding, as a head, or have it under that name alone.
+
     Args:
       family: which knows the names.
       cfg: the model.
       found: names in the file to shapes.
 
     Returns:
-      Name without prefix to name in the file, of every tensor that is needed.
+      Name without prefix to name in the file, of every tensor that is needed, and of copies.
 
     Raises:
       ValueError: tensors are missing, unknown, there twice, or of the wrong shape; all are named.
     """
     wanted = {piece.tensor: piece.shape for piece in family.pieces(cfg).values()}
+    embed = family.names(cfg).embed
+    shapes = wanted | (dict.fromkeys(HEADS, wanted[embed]) if cfg.tied else {})
     places: dict[str, str] = {}
     faults = []
     for name, shape in found.items():
         short = family.strip(name)
         if short in places:
             faults.append(f"{short} is there twice, as {places[short]} and {name}")
-        elif short in wanted:
+        elif short in shapes:
             places[short] = name
-            if tuple(shape) != wanted[short]:
-                faults.append(f"{short} has shape {tuple(shape)}, must be {wanted[short]}")
-        elif not (cfg.tied and short in HEADS) and not re.fullmatch(family.ignored, short):
+            if tuple(shape) != shapes[short]:
+                faults.append(f"{short} has shape {tuple(shape)}, must be {shapes[short]}")
+        elif not re.fullmatch(family.ignored, short):
             faults.append(f"unknown {name}")
+    if cfg.tied and (copies := [places[head] for head in HEADS if head in places]):
+        places.setdefault(embed, copies[0])
     missing = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in places]
     if faults := missing + faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -151,7 +159,26 @@ def check_tensors(
     return places
 
 
-HEADS = ("lm_head.weight", "embed_out.weight")  # copies of the embedding, where it is tied
+def heads_beside(cfg: Config, path: Path, places: Mapping[str, str], tensor: str) -> list[str]:
+    """Names in the file of the copies that a tied model has of a parameter: the embedding."""
+    if not cfg.tied or path != ("embed",):
+        return []
+    return [places[head] for head in HEADS if places.get(head, places[tensor]) != places[tensor]]
+
+
+def check_copy(name: str, head: np.ndarray, embedding: np.ndarray) -> None:
+    """Refuses a head, or a slice of it, that is not the embedding to which it is tied.
+
+    Which of both is meant cannot be told: transformers takes the head, or used to drop it.
+    """
+    for start in range(0, len(head), _ROWS):
+        both = (np.asarray(x[start : start + _ROWS], np.float32) for x in (head, embedding))
+        if not np.array_equal(*both, equal_nan=True):
+            raise ValueError(
+                f"{name} differs from the token embedding, but config.json ties both "
+                "(tie_word_embeddings is true there, or by default): set tie_word_embeddings to "
+                "false in config.json, or remove that tensor from the file"
+            )
 
 
 def build_tree(leaves: Mapping[Path, Any]) -> Params:
@@ -185,6 +212,8 @@ def from_tensors(family: Family, cfg: Config, tensors: Mapping[str, np.ndarray])
 
     def read(path: Path, piece: Piece) -> np.ndarray:
         whole = tuple(slice(0, size) for size in shapes[path])
+        for name in heads_beside(cfg, path, places, piece.tensor):
+            check_copy(name, tensors[name], tensors[places[piece.tensor]])
         value = piece.read(np.asarray(tensors[places[piece.tensor]]), whole)
         return np.ascontiguousarray(value, np.float32)
 

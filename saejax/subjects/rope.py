@@ -111,11 +111,21 @@ def read_rope(
         raise ValueError(
             f"config.json: {', '.join(unknown)} of rope_type = {kind!r} is not implemented"
         )
-    given = {name: float(p[name]) for name in needed[kind]}
+    given = {name: _number(p, name, None) for name in needed[kind]}
     if kind == "llama3":
-        original = p.get("original_max_position_embeddings") or max_positions
+        original = _number(p, "original_max_position_embeddings", max_positions)
         given["original_context"] = int(original)
-    base = p.get("rope_theta") or theta
+    base = _number(p, "rope_theta", theta)
     if base is None:
         raise ValueError("config.json: the base of RoPE (rope_theta) is null; give a number")
-    return Rope(dims=dims, theta=float(base), kind=kind, **given)
+    return Rope(dims=dims, theta=base, kind=kind, **given)
+
+
+def _number(parameters: Mapping[str, Any], name: str, default: float | None) -> float | None:
+    value = parameters.get(name)
+    value = default if value is None else value
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name} = {value!r} of RoPE, a positive number is needed")
+    return float(value)

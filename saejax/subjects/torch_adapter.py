@@ -159,6 +159,8 @@ class TorchSubject:
         Raises:
           ValueError: no such site, none given, or tokens that the model does not know.
         """
+        import torch
+
         if not sites:
             raise ValueError("sites is empty: name at least one site to capture")
         for site in sites:
@@ -167,7 +169,8 @@ class TorchSubject:
         seen: dict[str, Any] = {}
 
         def keep(site: str, value: Any) -> None:
-            seen[site] = value.detach().float().cpu().numpy()
+            # A copy: some models write into a tensor again, further on in the pass.
+            seen[site] = value.detach().to("cpu", torch.float32, copy=True).numpy()
             if len(seen) == len(set(sites)):
                 raise Stop
 
@@ -221,12 +224,16 @@ def load(
     if dtype not in weights.DTYPES:
         raise ValueError(f"dtype = {dtype!r} of a subject: {' or '.join(weights.DTYPES)}")
     folder, revision = hf.find_folder(name.removeprefix(hf.TORCH))
-    weights.read_json(folder / "config.json")
-    if not list(folder.glob("*.safetensors")):
+    kind = weights.read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"{folder / 'config.json'}: model_type = {kind!r}, a text is needed")
+    if not (files := list(folder.glob("*.safetensors"))):
         raise FileNotFoundError(
             f"{folder} has no *.safetensors; pickled weights are never read: convert them with "
             "save_pretrained"
         )
+    for file in files:  # transformers calls one missing that it may not read
+        weights.open_bytes(file).close()
     model, left_out = _load_model(folder, name, dtype)
     find = functools.partial(_find_sites, model, left_out)
     takes, pixels, shapes = towers.probe(model, name, folder, find)
@@ -264,11 +271,11 @@ def _load_model(folder: Any, name: str, dtype: str) -> tuple[Any, tuple[str, ...
             dtype=getattr(torch, dtype),
             output_loading_info=True,
         )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of the model's own code, which may raise anything
+        reason = " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:2]])
         raise ValueError(
             f"subject {name!r} cannot be loaded by transformers without running code of its "
-            f"repository, which is never done: {reason}"
+            f"repository, which is never done, or its config.json or weights are wrong: {reason}"
         ) from error
     missing = sorted(info["missing_keys"])
     if wrong := [key for key in missing if not key.startswith("pooler.")]:
@@ -368,8 +375,12 @@ def _max_context(model: Any, takes: str, shapes: dict[str, tuple[int, int]]) -> 
         return max(length for length, _ in shapes.values())
     config = model.config
     longest = getattr(config, "max_position_embeddings", None) or 1 << 20  # relative positions
-    if "roberta" in config.model_type:  # positions begin behind that of padding
-        longest -= (config.pad_token_id or 0) + 1
+    for path, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        named = path.rpartition(".")[2] == "position_embeddings"
+        if named and padding is not None and len(module.weight) == longest:
+            # Positions begin behind that of padding; an id of -1 is held as that of the last row.
+            return longest - (padding + 1) % longest
     return longest
 
 

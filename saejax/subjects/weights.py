@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import ml_dtypes
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from saejax.mesh import subject_sharding
 from saejax.subjects.decoder import Config, Params, leaf_shapes
-from saejax.subjects.layout import Family, build_tree, check_tensors
+from saejax.subjects.layout import Family, build_tree, check_copy, check_tensors, heads_beside
 
 DTYPES = ("float32", "bfloat16")
 _STORED = {
@@ -96,6 +96,7 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Stored]:
 
     Raises:
       FileNotFoundError: there is neither, or a shard is missing.
+      PermissionError: a file may not be read.
       ValueError: a file is damaged, or the index names a tensor that its shard lacks.
     """
     index = folder / "model.safetensors.index.json"
@@ -142,7 +143,8 @@ def load_params(
       mesh: to split the parameters over; on the host, as numpy arrays, by default.
 
     Raises:
-      ValueError: tensors that do not fit the model, or are of a type that is not supported.
+      ValueError: tensors that do not fit the model, or are of a type that is not supported; a
+        tied head that is not the embedding.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} of a subject's weights: {' or '.join(DTYPES)}")
@@ -159,11 +161,18 @@ def load_params(
     shapes = leaf_shapes(cfg)
     for path, piece in family.pieces(cfg).items():
         stored = tensors[places[piece.tensor]].open()
+        beside = heads_beside(cfg, path, places, piece.tensor)
+        heads = {f"{name} in {tensors[name].file}": tensors[name].open() for name in beside}
         once: dict[str, np.ndarray] = {}  # several devices may hold the same slice
 
-        def read(index: tuple[slice, ...], piece=piece, stored=stored, once=once) -> np.ndarray:
+        def read(
+            index: tuple[slice, ...], piece=piece, stored=stored, heads=heads, once=once
+        ) -> np.ndarray:
             if str(index) not in once:
-                once[str(index)] = np.array(piece.read(stored, index), dtype=target, order="C")
+                value = piece.read(stored, index)
+                for name, head in heads.items():
+                    check_copy(name, piece.read(head, index), value)
+                once[str(index)] = np.array(value, dtype=target, order="C")
             return once[str(index)]
 
         if mesh is None:
@@ -272,15 +281,15 @@ def _open_file(path: pathlib.Path) -> dict[str, Stored]:
     """The tensors of one file; the library checks header, offsets and length first."""
     import safetensors
 
-    try:
-        version = _version(path)
-        with safetensors.safe_open(path, framework="np"):
-            pass
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a sound safetensors file ({error}); download it again"
-        ) from error
-    with open(path, "rb") as file:
+    version = _version(path)
+    with open_bytes(path) as file:  # first: the library calls a file missing that it may not read
+        try:
+            with safetensors.safe_open(path, framework="np"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a sound safetensors file ({error}); download it again"
+            ) from error
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(size, _MAX_HEADER)))
     header.pop("__metadata__", None)
@@ -288,6 +297,16 @@ def _open_file(path: pathlib.Path) -> dict[str, Stored]:
         name: Stored(path, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0], version)
         for name, t in header.items()
     }
+
+
+def open_bytes(path: pathlib.Path) -> BinaryIO:
+    """A file opened for reading; PermissionError says what to do."""
+    try:
+        return open(path, "rb")
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} cannot be read ({error.strerror}): give yourself permission, as with chmod u+r"
+        ) from error
 
 
 def _version(path: pathlib.Path) -> tuple[int, int]:

@@ -106,14 +106,20 @@ def test_tensors_that_do_not_fit_are_named():
 
 
 def test_buffers_of_old_files_are_ignored():
-    old = TENSORS | {"h.0.attn.bias": np.zeros((1, 1, 24, 24)), "lm_head.weight": np.zeros(1)}
+    old = TENSORS | {"h.0.attn.bias": np.zeros((1, 1, 24, 24))}
+    old["lm_head.weight"] = old["wte.weight"].copy()
     jax.tree.map(np.testing.assert_array_equal, gpt2.from_hf(old, CONFIG), PARAMS)
+    old["lm_head.weight"][3, 2] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the token embedding"):
+        gpt2.from_hf(old, CONFIG)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"activation_function": "mish"}, "activation_function = 'mish'"),
+        ({"activation_function": ["gelu"]}, r"config\.json: activation_function = \['gelu'\] is"),
+        ({"activation_function": None}, "activation_function = None"),
         ({"n_head": 5}, "n_heads = 5 must divide"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),

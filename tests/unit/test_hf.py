@@ -78,10 +78,11 @@ def test_sharded_files_give_the_same_subject(folder):
 
 
 def test_other_families_are_refused_with_the_supported_ones(folder):
-    edit(folder / "config.json", model_type="mamba")
-    message = r"model_type = 'mamba' .* supported families: gemma2, .*, gpt2, .* 'torch:"
-    with pytest.raises(ValueError, match=message):
-        hf.load_subject(str(folder))
+    for kind in ("mamba", ["gpt2"], None):
+        edit(folder / "config.json", model_type=kind)
+        told = rf"model_type = {re.escape(repr(kind))} in .*config\.json .* supported families: "
+        with pytest.raises(ValueError, match=told + "gemma2, .*, gpt2, .* 'torch:"):
+            hf.load_subject(str(folder))
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(folder):

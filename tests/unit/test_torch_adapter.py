@@ -151,6 +151,51 @@ def test_a_harvest_of_text_by_a_model_in_its_own_precision(folders, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
+def test_what_a_later_module_writes_in_place_is_not_seen(folders):
+    s = load(folders["gpt2"][1])
+    handle = s.model.h[1].register_forward_pre_hook(lambda _, args: (args[0].add_(1.0), *args[1:]))
+    alone = s.capture_host(ids(), ["h.0"])["h.0"]
+    both = s.capture_host(ids(), ["h.0", "h.1"])["h.0"]
+    handle.remove()
+    np.testing.assert_array_equal(alone, both)
+
+
+@pytest.mark.parametrize(
+    "kind, more, longest",
+    [
+        ("Camembert", {}, 32),
+        ("MPNet", {}, 32),  # always as if padding had id 1
+        ("IBert", {}, 32),  # has an embedding of its own
+        ("Roberta", {"pad_token_id": 0}, 33),
+        ("Roberta", {"pad_token_id": -1}, 34),
+        ("Electra", {"embedding_size": 16}, 34),
+    ],
+)
+def test_positions_that_begin_behind_padding_shorten_the_context(tmp_path, kind, more, longest):
+    pytest.importorskip("torch")
+    tf = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 24, "max_position_embeddings": 34, "vocab_size": 61}
+    model = getattr(tf, f"{kind}Model")(getattr(tf, f"{kind}Config")(**small, **more))
+    model.save_pretrained(tmp_path / "model")
+    s, tokens = load(tmp_path / "model"), 2 + ids(2, longest + 1) % 59
+    site = s.sites()[-1]
+    assert s.max_context == longest
+    assert s.capture_host(tokens[:, :-1], [site])[site].shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        s.capture_host(tokens, [site])
+    np.save(tmp_path / "ids.npy", tokens)
+    cfg = HarvestConfig(
+        subject=f"torch:{tmp_path / 'model'}",
+        site=site,
+        context_length=longest + 1,
+        text=TokensConfig(source=str(tmp_path / "ids.npy")),
+    )
+    with pytest.raises(ValueError, match=f"has {longest} positions; give at most that"):
+        harvest(cfg, tmp_path / "s", str)
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_pass_ends_after_the_last_site(folders):
     s, ran = load(folders["gpt2"][1]), []
     handle = s.model.h[1].register_forward_hook(lambda *_: ran.append(1))
@@ -217,6 +262,32 @@ def test_code_and_pickles_are_refused(folders, tmp_path):
     )
     with pytest.raises(ValueError, match="without running code of its repository"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": ["gpt2"]}, r"config\.json: model_type = \['gpt2'\], a text is needed"),
+        ({"activation_function": ["gelu"]}, r"config\.json .* wrong: .*'activation_function'"),
+        ({"n_head": 0}, r"config\.json .* wrong: ZeroDivisionError: "),
+    ],
+)
+def test_wrong_types_in_the_config_are_refused_in_one_line(folders, tmp_path, change, message):
+    folder = folders["gpt2"][1]
+    raw = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_told_as_such(folders, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(hf.weights, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match=r"model\.safetensors cannot be read \(Permission"):
+        load(folders["gpt2"][1])
 
 
 def test_weights_that_are_missing_are_named(folders, tmp_path):

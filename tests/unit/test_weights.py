@@ -191,6 +191,60 @@ def test_the_same_tensor_twice_is_refused(folder):
         load(folder)
 
 
+@pytest.fixture
+def tied(tmp_path):
+    return shutil.copytree(FOLDER / "llama3_long", tmp_path / "tied")
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_tied_head_may_be_a_copy_of_the_embedding_or_stand_for_it(tied, kept):
+    before, mesh = load(tied), meshes.make_mesh(meshes.MeshShape(1, 4))
+
+    def change(tensors):
+        tensors[EMBED][0, 0] = np.nan  # equal, too
+        tensors[HEAD] = tensors[EMBED].copy() if kept else tensors.pop(EMBED)
+
+    rewrite(tied, change)
+    after = load(tied)
+    assert np.isnan(after.params["embed"][0, 0]) and after.config == before.config
+    before.params["embed"][0, 0] = np.nan
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, load(tied, mesh=mesh).params, before.params)
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tied, monkeypatch):
+    monkeypatch.setattr(layout, "_ROWS", 20)
+
+    def change(tensors):
+        tensors[HEAD] = tensors[EMBED].astype("f4")
+        tensors[HEAD][-1, -1] += 1
+
+    rewrite(tied, change)
+    told = r"lm_head\.weight in .*model\.safetensors differs from .* tie_word_embeddings to false"
+    for mesh in (None, meshes.make_mesh(meshes.MeshShape(1, 4))):
+        with pytest.raises(ValueError, match=told):
+            load(tied, mesh=mesh)
+    rewrite(tied, lambda t: t.update({HEAD: t[HEAD][:-1].copy()}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(82, .*must be \(83, "):
+        hf.describe_subject(str(tied), ids_only=True)
+    rewrite(tied, lambda t: t.pop(EMBED))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(82, .*must be \(83, "):
+        load(tied)
+
+
+def test_an_unreadable_file_is_not_called_damaged(folder, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(weights, "open", refuse, raising=False)
+    told = re.escape(f"{folder / 'model.safetensors'} cannot be read (Permission denied): give")
+    with pytest.raises(PermissionError, match=told):
+        load(folder)
+
+
 @pytest.mark.parametrize("dtype, kind", [(np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")])
 def test_quantised_weights_are_refused(folder, dtype, kind):
     name = "model.layers.0.mlp.up_proj.weight"

@@ -61,10 +61,19 @@ def flag(raw: Raw, name: str, default: bool) -> bool:
     return value
 
 
+def table(raw: Raw, name: str) -> Raw:
+    """An object of fields; empty where it is missing or null."""
+    value = raw.get(name)
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {name} = {value!r}, an object of fields is needed")
+    return value
+
+
 def activation(raw: Raw, name: str, default: str) -> str:
-    """An activation function that is implemented."""
-    value = raw.get(name) or default
-    if value not in ACTIVATIONS:
+    """An activation function that is implemented; no model could be built of an explicit null."""
+    value = raw.get(name, default)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
             f"config.json: {name} = {value!r} is not supported; allowed: {', '.join(ACTIVATIONS)}"
         )
@@ -83,20 +92,23 @@ def refuse_unless(raw: Raw, allowed: Mapping[str, Any]) -> None:
 def layer_types(raw: Raw, n_layers: int, default: list[str]) -> list[str]:
     """'full_attention' or 'sliding_attention' for each layer."""
     kinds = raw.get("layer_types") or default
-    unknown = sorted(set(kinds) - set(_LAYER_TYPES))
+    if not isinstance(kinds, list):
+        raise ValueError(f"config.json: layer_types = {kinds!r}, a list is needed")
+    unknown = sorted({repr(kind) for kind in kinds if kind not in _LAYER_TYPES})
     if unknown or len(kinds) != n_layers:
         raise ValueError(
             f"config.json: layer_types must hold one of {', '.join(_LAYER_TYPES)} for each of the "
             f"{n_layers} layers, but has {len(kinds)} entries"
-            + (f" and {', '.join(map(repr, unknown))}" if unknown else "")
+            + (f" and {', '.join(unknown)}" if unknown else "")
         )
     return list(kinds)
 
 
-def windows(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
-    """The window of each layer; empty if every layer sees everything."""
+def windows(kinds: list[str], window: Any) -> tuple[int | None, ...]:
+    """The window of each layer; empty if every layer sees everything. `window` as in the file."""
     if "sliding_attention" not in kinds:
         return ()
     if window is None:
         raise ValueError("config.json: sliding_window is missing, but layer_types has sliding ones")
+    window = whole({"sliding_window": window}, "sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

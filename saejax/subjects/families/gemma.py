@@ -73,8 +73,8 @@ def read_gemma3(raw: Mapping[str, Any]) -> Config:
 
 
 def _gemma3_ropes(raw: Mapping[str, Any], d_head: int) -> dict[str, Rope]:
-    both = raw.get("rope_parameters")
-    if both is None:
+    both = fields.table(raw, "rope_parameters")
+    if not both:
         both = {"full_attention": raw.get("rope_scaling")}
     elif unknown := sorted(set(both) - {"full_attention", "sliding_attention"}):
         raise ValueError(
@@ -87,9 +87,10 @@ def _gemma3_ropes(raw: Mapping[str, Any], d_head: int) -> dict[str, Rope]:
     }
     ropes = {}
     for kind, base in theta.items():
-        fields.refuse_unless(both.get(kind) or {}, {"partial_rotary_factor": 1.0})
+        parameters = fields.table(both, kind)
+        fields.refuse_unless(parameters, {"partial_rotary_factor": 1.0})
         ropes[kind] = read_rope(
-            both.get(kind), dims=d_head, theta=base, max_positions=raw["max_position_embeddings"]
+            parameters, dims=d_head, theta=base, max_positions=raw["max_position_embeddings"]
         )
     return ropes
 

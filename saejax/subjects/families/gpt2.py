@@ -96,7 +96,7 @@ class GPT2Config:
             n_heads=raw["n_head"],
             d_mlp=fields.whole(raw, "n_inner", 4 * raw["n_embd"]),
             epsilon=fields.positive(raw, "layer_norm_epsilon", 1e-5),
-            activation=raw.get("activation_function", "gelu_new"),
+            activation=fields.activation(raw, "activation_function", "gelu_new"),
             tied=fields.flag(raw, "tie_word_embeddings", True),
         )
 

@@ -32,7 +32,7 @@ def shape(raw: Mapping[str, Any], d_head: int | None = None, n_kv: int | None = 
         *("intermediate_size", "max_position_embeddings"),
     )
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
-    if d_head is None and raw.get("head_dim") is None and (heads < 1 or width % heads):
+    if heads < 1 or (d_head is None and raw.get("head_dim") is None and width % heads):
         raise ValueError(
             f"config.json: num_attention_heads = {heads} must divide hidden_size = {width}, or "
             f"head_dim be given"
@@ -56,7 +56,7 @@ def rope_of(raw: Mapping[str, Any], d_head: int, theta: float = 10000.0) -> Rope
     Raises:
       ValueError: it is partial, differs between layers, or is of a kind not implemented.
     """
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    parameters = fields.table(raw, "rope_parameters") or fields.table(raw, "rope_scaling")
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise ValueError("config.json: rope_parameters differ between layers: not supported")
     for source in (raw, parameters):

@@ -32,7 +32,7 @@ def read_config(raw: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"config.json: num_attention_heads = {heads} must divide hidden_size = {width}"
         )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = fields.table(raw, "rope_parameters") or fields.table(raw, "rope_scaling")
     share = fields.number(rope, "partial_rotary_factor", None)
     share = fields.positive(raw, "rotary_pct", 0.25) if share is None else share
     attention = ("q", "k", "v", "o") if fields.flag(raw, "attention_bias", True) else ()

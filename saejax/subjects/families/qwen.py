@@ -17,6 +17,8 @@ def _windows(raw: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
     used = fields.flag(raw, "use_sliding_window", False)
     window = raw.get("sliding_window", 4096) if used else None
     first = raw.get("max_window_layers", 28)
+    if window is not None and type(first) is not int:
+        raise ValueError(f"config.json: max_window_layers = {first!r}, a whole number is needed")
     kinds = [
         "sliding_attention" if window is not None and i >= first else "full_attention"
         for i in range(n_layers)
