@@ -17,8 +17,9 @@ for Hopper GPUs (`mosaic_gpu`) and TPUs (`mosaic_tpu`) where they pay:
 
 `implementation=None` picks by device, jax version and shape; `explain` says what and why not the
 others. A named implementation runs or raises. `dense_below` says at how many latents per kept one a
-dense code is cheaper on a device, and `code_layout` picks by it. Inside `jax.shard_map`, pass
-`check_vma=False`: loops start from zeros, which do not vary.
+dense code is cheaper on a device, and `code_layout` picks by it; `block_tokens` and `in_two_stages`
+say what memory `topk_encode` and `top_k` take. Inside `jax.shard_map`, pass `check_vma=False`:
+loops start from zeros, which do not vary.
 """
 
 from pallas_kernels import pair_list

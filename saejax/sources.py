@@ -62,7 +62,8 @@ class StoredConfig:
             )
 
     def plan(self, tokens: int, width: int) -> StorePlan:
-        """The size of the training split; where there is none yet, of one of so many tokens."""
+        """The size of the training split; of one of so many tokens where none can be seen: it is
+        not there yet, or not on this machine."""
         if "://" not in self.path:  # a plan asks no network
             try:
                 return plan_of([open_store(f"{self.path.rstrip('/')}/train").spec])

@@ -8,8 +8,8 @@ at k * group candidates instead of the whole row.
 
 `lax.top_k` takes NaN of one sign for the smallest number, and 0 for larger than -0. Elsewhere one
 pass makes them one NaN and one zero; where that pass would cost as much as the selection, a
-cheaper one finds out whether it is needed. Numbers too small to be normal count as 0: CPUs and TPUs
-compare them so.
+cheaper one finds out whether it is needed. On CPUs, which compare them so, numbers too small to be
+normal count as 0.
 """
 
 import jax

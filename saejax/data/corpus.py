@@ -159,8 +159,8 @@ def walk(root: pathlib.Path, suffixes: tuple[str, ...], skipped: frozenset[str])
                 yield (pathlib.Path(folder) / name).relative_to(root).as_posix()
 
 
-def files_below(
-    root: pathlib.Path, suffixes: tuple[str, ...], told: str, skipped: frozenset[str] = frozenset()
+def _files_below(
+    root: pathlib.Path, suffixes: tuple[str, ...], told: str, skipped: frozenset[str]
 ) -> list[str]:
     """As `walk`, of a folder that a user gives: endings in any case, linked folders read, too.
 
@@ -257,25 +257,40 @@ def python_documents() -> list[Document]:
 
 
 def source_files(source: str) -> list[tuple[pathlib.Path, str]]:
-    """The files of a path and what their documents are called, sorted by name.
+    """The files of `Text.source`; see `named_files`."""
+    near = f", {HUB + source!r} for a dataset of the Hugging Face hub" if "/" in source else ""
+    return named_files(
+        "Text.source", source, SUFFIXES, f"{near}, or 'python'", frozenset({"__pycache__"})
+    )
+
+
+def named_files(
+    field: str,
+    source: str,
+    suffixes: tuple[str, ...],
+    otherwise: str = "",
+    skipped: frozenset[str] = frozenset(),
+) -> list[tuple[pathlib.Path, str]]:
+    """The files of a path and what they are called, sorted by name.
+
+    Args:
+      field: the setting, for messages.
+      source: its value, a file or a folder.
+      suffixes: of the files, in lower case; in any case in the names.
+      otherwise: what else may be given, for messages.
+      skipped: names of folders that are left out.
 
     Raises:
       FileNotFoundError: no such path, or a link in the folder leads nowhere.
       ValueError: a file of another kind, or a name that is not UTF-8.
     """
-    root = pathlib.Path(source).expanduser()
+    told, root = f"{field} = {source!r}", pathlib.Path(source).expanduser()
     if not root.exists():
-        near = f", {HUB + source!r} for a dataset of the Hugging Face hub" if "/" in source else ""
-        raise FileNotFoundError(
-            f"Text.source = {source!r}: no such file or folder; give one that exists{near}, or "
-            "'python'"
-        )
+        raise FileNotFoundError(f"{told}: no such file or folder; give one that exists{otherwise}")
     if root.is_dir():
-        told = f"Text.source = {source!r}"
-        names = files_below(root, SUFFIXES, told, frozenset({"__pycache__"}))
-        return [(root / name, name) for name in names]
-    if not root.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"Text.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
+        return [(root / name, name) for name in _files_below(root, suffixes, told, skipped)]
+    if not root.name.lower().endswith(suffixes):
+        raise ValueError(f"{told}: a file must end in {', '.join(suffixes)}")
     return [(root, root.name)]
 
 

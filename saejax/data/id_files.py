@@ -10,29 +10,14 @@ from typing import Any
 import numpy as np
 
 from saejax.data import readers
-from saejax.data.corpus import files_below
+from saejax.data.corpus import named_files
 
 SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
 def token_files(source: str) -> list[tuple[pathlib.Path, str]]:
-    """The files of a path and what their documents are called, sorted by name.
-
-    Raises:
-      FileNotFoundError: no such path, or a link in the folder leads nowhere.
-      ValueError: a file of another kind, or a name that is not UTF-8.
-    """
-    root = pathlib.Path(source).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(
-            f"Tokens.source = {source!r}: no such file or folder; give one that exists"
-        )
-    if root.is_dir():
-        told = f"Tokens.source = {source!r}"
-        return [(root / name, name) for name in files_below(root, SUFFIXES, told)]
-    if not root.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"Tokens.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
-    return [(root, root.name)]
+    """The files of `Tokens.source`; see `corpus.named_files`."""
+    return named_files("Tokens.source", source, SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True)

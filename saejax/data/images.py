@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from saejax.data import splits
-from saejax.data.corpus import files_below
+from saejax.data.corpus import named_files
 from saejax.data.progress import Log, Progress
 from saejax.data.readers import extra, open_npy
 from saejax.data.splits import OVER_LIMIT, Split
@@ -110,7 +110,7 @@ class Images(Patches):
         self.cfg, self._tower = cfg, tower
         self._files: list[tuple[pathlib.Path, str, bool]] = []  # whether it is an array of many
         counts: list[int] = []
-        for path, name in _image_files(cfg.source):
+        for path, name in named_files("Images.source", cfg.source, SUFFIXES):
             shape = _open_array(path, tower).shape if _is_array(path) else ()
             many = len(shape) == 4
             if not many or shape[0]:
@@ -290,21 +290,6 @@ def _png_bits(raw: bytes) -> int:
 
 def _is_array(path: pathlib.Path) -> bool:
     return path.suffix.lower() == ARRAY
-
-
-def _image_files(source: str) -> list[tuple[pathlib.Path, str]]:
-    """The files of a path and what they are called, sorted by name."""
-    root = pathlib.Path(source).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(
-            f"Images.source = {source!r}: no such file or folder; give one that exists"
-        )
-    if root.is_dir():
-        told = f"Images.source = {source!r}"
-        return [(root / name, name) for name in files_below(root, SUFFIXES, told)]
-    if not root.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"Images.source = {source!r}: a file must end in {', '.join(SUFFIXES)}")
-    return [(root, root.name)]
 
 
 def _open_array(path: pathlib.Path, tower: Tower) -> np.ndarray:
